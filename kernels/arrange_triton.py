@@ -19,12 +19,13 @@ from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.records import UNIT
 
 _COLUMNS = 512  # of a program
+_ORDERS = {"int6": 1, "fp8": 2}  # of the inputs of codes; 0: all others
 
 
 @triton.jit(do_not_specialize=["num_items", "num_rows", "num_units"])
 def _arrange_kernel(
     x, out, items, block_experts, num_items, num_rows, num_experts, num_inputs, num_units, x_stride,
-    alpha, limit, ITEMS_PER_ROW: tl.constexpr, HAS_EXPERTS: tl.constexpr, BY_HALVES: tl.constexpr,
+    alpha, limit, ITEMS_PER_ROW: tl.constexpr, HAS_EXPERTS: tl.constexpr, ORDER: tl.constexpr,
     IS_GATED: tl.constexpr, HAS_LIMIT: tl.constexpr, IS_GELU: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -56,12 +57,15 @@ def _arrange_kernel(
         value = gated(first, up, alpha, limit, x.dtype.element_ty, HAS_LIMIT, IS_GELU)
         value = tl.where(is_input, value, 0.0).to(out.dtype.element_ty)
     # A lane's eight inputs: two operands of 16 inputs, in each two halves, in each two neighbours.
-    if BY_HALVES:
-        parts = tl.reshape(value, [8, COLUMNS // 32, 2, 4, 2, 2])  # operand, lane, half, neighbour
-        parts = tl.permute(parts, [0, 1, 2, 4, 3, 5])
-    else:
+    if ORDER == 0:
         parts = tl.reshape(value, [8, COLUMNS // 32, 4, 2, 2, 2])  # lane, operand, half, neighbour
         parts = tl.permute(parts, [0, 1, 3, 4, 2, 5])
+    elif ORDER == 1:
+        parts = tl.reshape(value, [8, COLUMNS // 32, 2, 4, 2, 2])  # operand, lane, half, neighbour
+        parts = tl.permute(parts, [0, 1, 2, 4, 3, 5])
+    else:  # a lane has eight neighbours in each of two quarters
+        parts = tl.reshape(value, [8, COLUMNS // 64, 4, 2, 2, 2, 2])
+        parts = tl.permute(parts, [0, 1, 3, 4, 5, 2, 6])
     value = tl.reshape(parts, [8, COLUMNS])
     unit, part, piece = column // 128, column // 64 % 2, column // 8 % 8
     start = (((block * num_units + unit) * (ROWS // 8) + eight_of_block) * 2 + part) * 512
@@ -106,7 +110,7 @@ def arranged(
         0 if routing is None else routing.num_experts, num_inputs, num_units, x.stride(0),
         g.alpha, g.limit,
         ITEMS_PER_ROW=1 if routing is None else routing.items_per_row,
-        HAS_EXPERTS=routing is not None, BY_HALVES=layout.code == "int6",
+        HAS_EXPERTS=routing is not None, ORDER=_ORDERS.get(layout.code, 0),
         IS_GATED=gate is not None, HAS_LIMIT=g.limit != 0, IS_GELU=g.activation == "gelu_tanh",
         ROWS=rows, COLUMNS=_COLUMNS, **launch_options(),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import re
 import threading
 import warnings
@@ -37,6 +38,8 @@ from compiledllm.kernels.machine_code import (
     load,
 )
 from compiledllm.platform import can_overlap_kernels
+
+log = logging.getLogger("compiledllm")
 
 SOURCES = Path(__file__).parent / "cuda"
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
@@ -125,6 +128,21 @@ class CudaKernel:
         find = driver().cuOccupancyMaxActiveClusters
         check(find(ctypes.byref(count), self._function, ctypes.byref(config)))
         return count.value
+
+
+def kernel_unless_broken(
+    instead: str, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0
+) -> CudaKernel | None:
+    """As `CudaKernel`; None, after a warning, if the kernel cannot be compiled or loaded.
+
+    instead: the sentence that says what computes instead. Within `compile_ahead.asking`, errors are
+    not known yet, so a cache of the result needs `compile_ahead.is_asking()` in its key.
+    """
+    try:
+        return CudaKernel(source, name, options, shared_bytes)
+    except CudaError as error:
+        log.warning("%s: %s", instead, error)
+        return None
 
 
 def compile_together(source: str, options: Sequence[Mapping[str, int]]) -> None:

@@ -1,7 +1,8 @@
 """x @ weight.T + bias, by the fastest kernel for the number of rows.
 
-On a GPU, most products of up to 32 rows of a 16-bit dtype go to `skinny_triton`, as does one row of
-a router in float32 (`_is_skinny`); all other products go to cuBLAS or cuBLASLt. On a GPU the
+On a Hopper GPU, most products of 2 to 32 rows of a 16-bit dtype go to `dense_linear_cuda`. On any
+GPU, most other products of up to 32 rows of a 16-bit dtype go to `skinny_triton`, as does one row
+of a router in float32 (`_is_skinny`); all other products go to cuBLAS or cuBLASLt. On a GPU the
 product is an op that is opaque to the compiler. Otherwise the compiler would fold the residual
 addition after the product into the library's call, which copies the residual stream first. With an
 opaque op, the compiler fuses the addition with the next norm, where it costs nothing.
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiledllm.kernels import dense_linear_cuda
 from compiledllm.kernels.ops import define
 
 MAX_SKINNY_ROWS = 32
@@ -40,6 +42,8 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @define("linear", fake=_linear_fake)
 def _linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if kernel := dense_linear_cuda.kernel_for(x, weight, bias):
+        return dense_linear_cuda.product(kernel, x, weight, bias, _linear_fake(x, weight, bias))
     if not _is_skinny(x, weight):
         with _best_library(x):
             return F.linear(x, weight, bias)
@@ -64,7 +68,9 @@ def linear(
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if _is_skinny(x, weight):
+    if kernel := dense_linear_cuda.kernel_for(x, weight, None, out):
+        return dense_linear_cuda.product(kernel, x, weight, None, out)
+    if _is_skinny(x, weight) and out.is_contiguous():
         from compiledllm.kernels.skinny_triton import skinny_linear
 
         return skinny_linear(x, weight, None, out=out)
@@ -93,7 +99,7 @@ def _preferring(library: str) -> Iterator[None]:
 
 def _is_skinny(x: Tensor, weight: Tensor) -> bool:
     num_rows, (num_outputs, num_inputs) = x.shape[0], weight.shape
-    if not x.is_cuda or num_rows > MAX_SKINNY_ROWS:
+    if not x.is_cuda or num_rows > MAX_SKINNY_ROWS or not x.stride(1) == weight.stride(1) == 1:
         return False
     if x.dtype.itemsize != 2:  # for one row, the kernel uses no tensor cores, so nothing is TF32
         return num_rows == 1 and num_outputs <= _MAX_FLOAT32_OUTPUTS

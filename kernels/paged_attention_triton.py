@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compiledllm.kernels import prefill_attention_cuda
+from compiledllm.kernels import decode_attention_cuda, prefill_attention_cuda
 from compiledllm.kernels.backend import (
     AttentionBackend,
     AttentionLayer,
@@ -107,6 +107,10 @@ def paged_attention(
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     are_few = 0 < attn.max_row_tokens <= MAX_TOGETHER
+    is_plain = attn.max_row_tokens == 1 and not fixed_order and max_split_programs is None
+    if is_plain and (kernel := decode_attention_cuda.kernel_for(query, kv_cache, options)):
+        decode_attention_cuda.attend(kernel, query, kv_cache, attn, options, out)
+        return out
     if not fixed_order:
         together = attn.max_row_tokens if are_few else 1
         attend_few_tokens(tensors, scalars, constants, together, max_split_programs)

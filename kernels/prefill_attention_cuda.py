@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from compiledllm.kernels import compile_ahead, counters
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.launch import is_hopper, launch_options
-from compiledllm.kernels.machine_code import CudaError, check, driver
+from compiledllm.kernels.machine_code import CudaError
+from compiledllm.kernels.tensor_map import TensorMap, encoded
 
 log = logging.getLogger("compiledllm")
 
@@ -25,9 +25,6 @@ _THREADS = 384
 _PART_COLUMNS = 64  # 128 bytes, the widest row that the copies can swizzle
 _LONG_KEYS = 176  # KV tokens of a tile, in steps of long rows
 _CLUSTERS = (8, 4, 2)  # numbers of thread blocks that may share the keys of a context
-# Values of the driver's enums for `cuTensorMapEncodeTiled`.
-_FLOAT16, _BFLOAT16 = 6, 9
-_SWIZZLE_128B, _PROMOTE_256B = 3, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,17 +165,11 @@ def attend_prompts(
     kernel.launch((cluster * max_clusters(cluster),), _THREADS, arguments, cluster)
 
 
-class _TensorMap(ctypes.Structure):
-    """`CUtensorMap`, which describes a tensor to the tensor memory accelerator."""
-
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
-
-
-def _map_of_cache(kv_cache: Tensor) -> _TensorMap:
+def _map_of_cache(kv_cache: Tensor) -> TensorMap:
     """A box is 64 columns of all tokens of one page in one head."""
     kinds, num_blocks, block_size, num_kv_heads, head_dim = kv_cache.shape
     token = num_kv_heads * head_dim
-    return _encode(
+    return encoded(
         kv_cache.data_ptr(), kv_cache.dtype,
         (head_dim, block_size, num_kv_heads, num_blocks, kinds),
         (token, head_dim, block_size * token, kv_cache.stride(0)),
@@ -186,37 +177,11 @@ def _map_of_cache(kv_cache: Tensor) -> _TensorMap:
     )  # fmt: skip
 
 
-def _map_of_queries(query: Tensor, group: int) -> _TensorMap:
+def _map_of_queries(query: Tensor, group: int) -> TensorMap:
     """A box is 64 columns of the heads that share a KV head, for the tokens of a program."""
     num_tokens, num_heads, head_dim = query.shape
     stride = query.stride(0)
-    return _encode(
+    return encoded(
         query.data_ptr(), query.dtype, (head_dim, num_heads, num_tokens, 1, 1),
         (head_dim, stride, stride, stride), (_PART_COLUMNS, group, ROWS // group, 1, 1),
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _encode(
-    address: int,
-    dtype: torch.dtype,
-    sizes: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-) -> _TensorMap:
-    """The map of a tensor of 16-bit numbers with five dimensions, the innermost first.
-
-    strides: of all dimensions but the innermost, in elements. box: sizes of what one copy reads.
-    """
-    memory = ctypes.create_string_buffer(128 + 63)
-    made = _TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)  # 64-byte aligned
-    check(
-        driver().cuTensorMapEncodeTiled(
-            ctypes.byref(made), _BFLOAT16 if dtype == torch.bfloat16 else _FLOAT16, 5,
-            ctypes.c_void_p(address), (ctypes.c_uint64 * 5)(*sizes),
-            (ctypes.c_uint64 * 4)(*(2 * stride for stride in strides)),
-            (ctypes.c_uint32 * 5)(*box), (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1),
-            0, _SWIZZLE_128B, _PROMOTE_256B, 0,
-        )
-    )  # fmt: skip
-    return made

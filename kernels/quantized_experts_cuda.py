@@ -18,12 +18,17 @@ from torch import Tensor
 from compiledllm.kernels import moe_triton, warpgroup_linear_cuda
 from compiledllm.kernels.arrange_triton import Gate, arranged
 from compiledllm.kernels.gate_triton import gate
+from compiledllm.kernels.launch import is_hopper
 from compiledllm.kernels.moe_routing_triton import Routing, sort_items
 from compiledllm.kernels.packed import Layout
+from compiledllm.kernels.quantized import PACKED_BITS
 from compiledllm.kernels.quantized_cuda import Tiling, dequantized, launch_product
 from compiledllm.kernels.tables import ExpertProduct, expert_tiling
+from compiledllm.kernels.warpgroup_linear_cuda import Matrix
 
-_MIN_ITEMS_OF_EXPERT = 2  # on average over all experts, for `warpgroup_linear_cuda`
+# The fewest items, on average over all experts, for `warpgroup_linear_cuda`
+_MIN_ITEMS_OF_EXPERT = 2
+_MIN_ITEMS_OF_8_BIT_EXPERT = 8
 _MAX_ROWS = 64  # of a block of `quantized_cuda`
 _MAX_ITEMS_OF_EXPERT = 32  # on average over all experts; with more, all experts are dequantised
 
@@ -42,6 +47,11 @@ class ExpertMatrix:
     @property
     def num_outputs(self) -> int:
         return self.row_scales.shape[1]
+
+    @property
+    def parts(self) -> Matrix:
+        parts = self.codes, self.scales, self.zeros, self.row_scales, self.bias
+        return Matrix(*parts, self.layout)
 
     def times(
         self, x: Tensor, out: Tensor, routing: Routing, tiling: Tiling | None = None
@@ -125,22 +135,21 @@ def _experts_of_warpgroups(
     t = warpgroup_linear_cuda.tiling_of_blocks(routing.rows)
     rows = arranged(x, hidden, gate_up.layout, t.tokens, routing, None)
     both = x.new_empty((routing.num_items, gate_up.num_outputs))
-    up = gate_up.codes, gate_up.row_scales, gate_up.bias, gate_up.layout
-    warpgroup_linear_cuda.product(rows, *up, both, t, routing)
+    warpgroup_linear_cuda.product(rows, gate_up.parts, both, t, routing)
     del rows  # tensors are freed as soon as possible, as their memory is taken from the KV cache
     by_item, size = replace(routing, items_per_row=1), gate_up.num_outputs // 2
     inner = arranged(both, size, down.layout, t.tokens, by_item, gate_of)
     del both
     out = x.new_empty((routing.num_items, hidden), dtype=torch.float32)
-    last = down.codes, down.row_scales, down.bias, down.layout
-    warpgroup_linear_cuda.product(inner, *last, out, t, routing)
+    warpgroup_linear_cuda.product(inner, down.parts, out, t, routing)
     return out.view(num_tokens, top_k, hidden)
 
 
 def has_many_items(num_items: int, num_experts: int, *layouts: Layout) -> bool:
     """Whether `warpgroup_linear_cuda` multiplies by experts of these layouts."""
-    has_many = num_items >= _MIN_ITEMS_OF_EXPERT * num_experts
-    return has_many and all(map(warpgroup_linear_cuda.can_read, layouts))
+    are_packed = all(layout.code in PACKED_BITS for layout in layouts)
+    fewest = _MIN_ITEMS_OF_EXPERT if are_packed else _MIN_ITEMS_OF_8_BIT_EXPERT
+    return num_items >= fewest * num_experts and is_hopper()
 
 
 def uses_few_rows(num_items: int, num_experts: int, layout: Layout) -> bool:

@@ -27,6 +27,7 @@ from compiledllm.kernels.moe_routing_triton import Routing, arguments_of
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.quantized import PACKED_BITS
 from compiledllm.kernels.records import TILE, UNIT
+from compiledllm.kernels.tensor_map import TensorMap, encoded
 
 MAX_ITEMS = 128  # of a block of experts; more rows were no faster
 _WARPS = 8  # that multiply; further warps copy
@@ -131,7 +132,7 @@ def _blocks_at_once(tiling: Tiling, splits: int) -> int:
 
 
 def can_read(layout: Layout) -> bool:
-    """Whether `product` multiplies by codes of this layout on the current device."""
+    """Whether `linear` multiplies by codes of this layout on the current device."""
     return layout.code in PACKED_BITS and is_hopper()
 
 
@@ -167,12 +168,21 @@ def _kernel(
     return CudaKernel("warpgroup_linear.cu", "warpgroup_linear", options, shared_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The tensors of a `packed.Packed` matrix, and the bias. With experts, all have them first."""
+
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    row_scales: Tensor | None
+    bias: Tensor | None
+    layout: Layout
+
+
 def product(
     x: Tensor,
-    codes: Tensor,
-    row_scales: Tensor | None,
-    bias: Tensor | None,
-    layout: Layout,
+    matrix: Matrix,
     out: Tensor,
     t: Tiling,
     routing: Routing | None = None,
@@ -180,26 +190,37 @@ def product(
 ) -> Tensor:
     """Fill and return `out`, [rows or items, outputs] in x's dtype or float32.
 
-    x: a result of `arranged` with `t.tokens` rows. codes: records, uint8 [tiles, units, bytes].
-    With `routing`, codes, row_scales and bias have a first dimension of experts. splits: thread
-    blocks of a cluster that share the inputs.
+    x: a result of `arranged` with `t.tokens` rows. With `routing`, the matrix is one of experts.
+    splits: thread blocks of a cluster that share the inputs.
     """
-    record_bytes = codes.shape[-1]
-    kernel = _kernel(
-        layout, t, x.dtype, record_bytes, bias is not None, routing is not None,
-        out.dtype == torch.float32,
-    )  # fmt: skip
+    codes, layout, scales = matrix.codes, matrix.layout, matrix.scales
     num_rows, num_outputs = out.shape
+    is_record = codes.dtype == torch.uint8
+    kernel = _kernel(
+        layout, t, x.dtype, codes.shape[-1] if is_record else TILE * UNIT,
+        matrix.bias is not None, routing is not None, out.dtype == torch.float32,
+    )  # fmt: skip
     kernel.launch(
         (-(-num_outputs // t.outputs) * splits, len(x)),
         t.threads,
         (
-            x, codes, row_scales, bias, out, c_int(num_rows), c_int(num_outputs), c_int(x.shape[1]),
-            *arguments_of(routing, codes),
+            x, codes, TensorMap() if is_record else _map_of_rows(codes, t.outputs), scales,
+            matrix.zeros, c_int(layout.block_rows.bit_length() - 1),
+            c_int(0 if scales is None else scales.shape[-1]), matrix.row_scales, matrix.bias, out,
+            c_int(num_rows), c_int(num_outputs), c_int(x.shape[1]), *arguments_of(routing, codes),
         ),
         cluster=splits,
     )  # fmt: skip
     return out
+
+
+def _map_of_rows(codes: Tensor, num_outputs: int) -> TensorMap:
+    """A box is a unit of the rows of a block's outputs."""
+    rows = codes.view(torch.uint8).flatten(0, -2)
+    length, width = rows.shape
+    sizes, strides = (width, length, 1, 1, 1), (width, width, width, width)
+    box = UNIT, num_outputs, 1, 1, 1
+    return encoded(rows.data_ptr(), torch.uint8, sizes, strides, box)
 
 
 def linear(
@@ -222,4 +243,5 @@ def linear(
     if out is None:
         out = x.new_empty((num_rows, num_outputs))
     rows = arranged(x, num_inputs, layout, t.tokens, None, None)
-    return product(rows, codes, row_scales, bias, layout, out, t, splits=splits)
+    matrix = Matrix(codes, None, None, row_scales, bias, layout)
+    return product(rows, matrix, out, t, splits=splits)

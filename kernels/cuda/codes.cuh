@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "numbers.cuh"
+
 enum Code { FP8, INT8, INT4, FP4, INT6 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
@@ -33,14 +35,6 @@ constexpr bool SCALES_CODES = GROUPS == 8 && CODE != INT6;
 // of 0 with minima.
 constexpr u32 NO_ZERO = (BF16 ? 0x43004300u : 0x64006400u) + (HAS_MINIMA ? 0u : 0x00080008u);
 constexpr u32 ONES = BF16 ? 0x3F803F80u : 0x3C003C00u;
-
-__device__ __forceinline__ float to_float(u16 v) {
-#if BF16
-    return __uint_as_float((u32)v << 16);
-#else
-    return half_to_float(v);
-#endif
-}
 
 // -- codes to floats -------------------------------------------------------------------------------
 

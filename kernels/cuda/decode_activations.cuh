@@ -53,10 +53,6 @@ __device__ __forceinline__ float scaled_by_norm(float x, float scale, float weig
     return rounded_to_16_bits(x * scale) * weight;
 }
 
-__device__ __forceinline__ u32 word_of(const uint4& v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // -- activations -------------------------------------------------------------------------------------------
 
 // An activation in the workspace: 16 bits. With TAGGED a word, whose upper half is a tag: a number that says in

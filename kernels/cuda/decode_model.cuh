@@ -7,8 +7,6 @@ typedef long long i64;
 constexpr int THREADS = 32 * WARPS, COPYING_WARPS = 4;  // threads that compute
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS, Q_SIZE = NUM_HEADS * HEAD_DIM, KV_SIZE = NUM_KV_HEADS * HEAD_DIM;
 constexpr int QKV_SIZE = Q_SIZE + 2 * KV_SIZE;
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LOWEST = -1e30f;  // below all scores, and finite
 
 // -- the model's tensors -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #include "cluster.cuh"
+#include "tensor_copies.cuh"
 #include "wgmma.cuh"
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -53,15 +54,6 @@ __device__ __forceinline__ void pass(int id, int threads) {
 
 // -- memory --------------------------------------------------------------------------------------------
 
-struct alignas(64) TensorMap { u64 words[16]; };
-
-// Copy a box of a tensor with TMA; `barrier` counts the bytes. Elements outside the tensor become zeros.
-__device__ __forceinline__ void copy_box(
-    u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
-                 ::"r"(to), "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(barrier) : "memory");
-}
 __device__ __forceinline__ void store_16_bytes(u32 to, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }

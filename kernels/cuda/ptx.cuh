@@ -101,8 +101,13 @@ __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
+// Arrive at a barrier, which then also waits for so many bytes to be copied.
+__device__ __forceinline__ void expect_bytes(u64* arrived, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(arrived)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
+    expect_bytes(arrived, bytes);
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(arrived)) : "memory");
 }

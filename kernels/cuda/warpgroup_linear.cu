@@ -1,5 +1,5 @@
-// out[t, n] = sum over k of x[t, k] * w[n, k], for many rows t; w is stored as codes of 4 or 6 bits in records
-// (`kernels/records.py`).
+// out[t, n] = sum over k of x[t, k] * w[n, k], for many rows t; w is stored as codes of 4 or 6 bits in records, or of 8
+// bits in rows (`kernels/records.py`).
 //
 // Lanes turn codes into 16-bit floats, times their scales, in registers: the left operand of a product of a
 // warpgroup, [64 outputs, 16 inputs]. The right operand is x in shared memory, [TOKENS rows, 16 inputs], which the
@@ -21,6 +21,7 @@
 
 #include "ptx.cuh"
 #include "cluster.cuh"
+#include "tensor_copies.cuh"
 #include "wgmma.cuh"
 #include "codes.cuh"
 #define TOKEN_TILES (TOKENS / 8)
@@ -34,7 +35,10 @@ constexpr int TILES = WARPS * ROW_TILES;      // of 16 outputs, of a block
 constexpr int OUTPUTS = 16 * TILES;
 constexpr int X_ROW = 2 * UNIT;               // bytes of a row of x in a unit
 constexpr int X_UNIT = TOKENS * X_ROW;
-constexpr int X_SLOT = UNITS * X_UNIT, RECORDS = UNITS * RECORD, SLOT = X_SLOT + TILES * RECORDS;
+// A slot has UNITS units of x, and of codes: records [TILES, UNITS, RECORD], or rows [UNITS, OUTPUTS, UNIT].
+constexpr int X_SLOT = UNITS * X_UNIT, RECORDS = UNITS * RECORD;
+constexpr int CODES = NIBBLES ? TILES * RECORDS : UNITS * OUTPUTS * UNIT, SLOT = X_SLOT + CODES;
+constexpr int CODE_COPIES = NIBBLES ? TILES : UNITS;  // of a slot
 constexpr int STEP = TOKENS >= 256 ? 64 : TOKENS >= 16 ? TOKENS / 2 : TOKENS;
 constexpr int PITCH = OUTPUTS + 4;            // numbers between the sums of two rows
 
@@ -46,12 +50,14 @@ typedef u16 OUT;
 
 // Whether a scale is a 16-bit float of x's type, so that a product of pairs rounds a weight once.
 constexpr bool IS_OF_X = SCALE == (BF16 ? BFLOAT16 : FLOAT16);
-constexpr bool SCALES_PAIRS =
-    (IS_OF_X || SCALE == E4M3 || (SCALE == E8M0 && BF16)) && !HAS_MINIMA && !HAS_FACTORS && CODE != INT6;
+constexpr bool SCALES_PAIRS = NIBBLES && (IS_OF_X || SCALE == E4M3 || (SCALE == E8M0 && BF16)) && !HAS_MINIMA &&
+                              !HAS_FACTORS && CODE != INT6;
 // MXFP4 codes stay smaller by 2^126, and their scales become larger by 2^63, so that sums lack a factor of 2^63.
 // Scales above 2^64, which no real weights have, become infinite.
 constexpr bool IS_MXFP4 = CODE == FP4 && SCALE == E8M0 && SCALES_PAIRS;
-constexpr float SUM_FACTOR = IS_MXFP4 ? 9223372036854775808.f : FACTOR;
+// FP8 codes that have scales are multiplied by FACTOR first, as they may be too small for products of 16 bits.
+constexpr bool RAISES_CODES = CODE == FP8 && GROUPS > 0;
+constexpr float SUM_FACTOR = IS_MXFP4 ? 9223372036854775808.f : RAISES_CODES ? 1.f : FACTOR;
 
 // A scale twice, for a pair of weights.
 __device__ __forceinline__ u32 pair_of_scale(const Scales& scales, int group) {
@@ -77,8 +83,9 @@ __device__ __forceinline__ void decode_quarter(const Unit& unit, int r, int q, u
             } else if constexpr (GROUPS > 0) {
                 const float scale = scale_of(scales, CODE == INT6 ? 2 * q + p / 2 : group);
                 const float minimum = HAS_MINIMA ? minimum_of(scales, group) : -0.f;  // x + -0 is x
-                pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * scale + minimum,
-                                  to_float(pair[p] >> 16) * scale + minimum);
+                const float raise = RAISES_CODES ? FACTOR : 1.f;
+                pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * raise * scale + minimum,
+                                  to_float(pair[p] >> 16) * raise * scale + minimum);
             }
             operand[p / 2][2 * (p % 2) + half] = pair[p];
         }
@@ -109,28 +116,57 @@ struct Stages {  // of the inputs: from `first` to `end`, those of a block
     int first, end;
 };
 
+struct Matrix {  // of the block's expert, if there are experts
+    const u8* codes;       // records
+    const TensorMap* map;  // of codes in rows, of all experts
+    const u8 *scales, *zeros;  // of codes in rows: [outputs / 2^scale_shift, scale_stride]
+    int first_row, scale_shift, scale_stride, num_outputs, num_units;
+};
+
+#if !NIBBLES
+// A lane's codes of a unit, in rows of a slot, and their scales.
+__device__ __forceinline__ void read_rows(Unit& unit, const u8* rows, const Matrix& matrix, int first_output, int index) {
+    const int g = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = 64 * r + 8 * half + g;
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
+                unit.codes[r][half][i] = *(const uint4*)(rows + row * UNIT + ((4 * i + l) ^ g) * 16);
+            const int output = min(first_output + row, matrix.num_outputs - 1);
+            const long long at = (long long)(output >> matrix.scale_shift) * matrix.scale_stride + index * UNIT_SCALES;
+            if constexpr (GROUPS > 0) unit.scales[r][half].load(matrix.scales + at * SCALE_BYTES);
+            if constexpr (HAS_ZEROS) unit.zeros[r][half].load(matrix.zeros + at);
+        }
+}
+#endif
+
 // Copies the block's stages. columns: the number of rows of x that the block multiplies.
 __device__ __forceinline__ void copy_stages(
-    u8* memory, const u8* x, const u8* codes, int tile_block, int num_outputs, int num_units, Stages stages,
-    int columns) {
-    u8* const records = memory + STAGES * X_SLOT;
+    u8* memory, const u8* x, const Matrix& matrix, int tile_block, Stages stages, int columns) {
+    u8* const codes = memory + STAGES * X_SLOT;
     u64 *const full = (u64*)(memory + STAGES * SLOT), *const empty = full + STAGES;
     const int lane = threadIdx.x % 32, copying_warp = threadIdx.x / 32 - WARPS;
-    const int num_tiles = (num_outputs + 15) / 16;
-    const int piece = lane * COPYING_WARPS + copying_warp;  // the tiles' records, then units of x
-    const long long tile = min(tile_block * TILES + piece, num_tiles - 1);
-    if (piece >= TILES + UNITS) return;
+    const int piece = lane * COPYING_WARPS + copying_warp, unit_of_x = piece - CODE_COPIES;  // codes come first
+    if (piece >= CODE_COPIES + UNITS) return;
     for (int stage = stages.first; stage < stages.end; ++stage) {
         const int index = stage - stages.first, slot = index % STAGES;
-        const int first = stage * UNITS, count = min(UNITS, num_units - first);
+        const int first = stage * UNITS, count = min(UNITS, matrix.num_units - first);
         wait_for(empty + slot, index / STAGES % 2 ^ 1);
-        if (piece < TILES) {
-            copy_to_shared(records + (slot * TILES + piece) * RECORDS, codes + (tile * num_units + first) * RECORD,
-                           count * RECORD, full + slot);
-        } else if (piece - TILES < count) {
-            const int unit = piece - TILES;
-            copy_to_shared(memory + slot * X_SLOT + unit * X_UNIT,
-                           x + ((long long)blockIdx.y * num_units + first + unit) * X_UNIT, columns * X_ROW, full + slot);
+        if (unit_of_x >= 0 && unit_of_x < count) {
+            copy_to_shared(memory + slot * X_SLOT + unit_of_x * X_UNIT,
+                           x + ((long long)blockIdx.y * matrix.num_units + first + unit_of_x) * X_UNIT, columns * X_ROW,
+                           full + slot);
+        } else if (NIBBLES && unit_of_x < 0) {
+            const long long tile = min(tile_block * TILES + piece, (matrix.num_outputs + 15) / 16 - 1);
+            copy_to_shared(codes + slot * CODES + piece * RECORDS,
+                           matrix.codes + (tile * matrix.num_units + first) * RECORD, count * RECORD, full + slot);
+        } else if (piece < count) {
+            expect_bytes(full + slot, OUTPUTS * UNIT);
+            copy_box(address(codes + slot * CODES + piece * OUTPUTS * UNIT), matrix.map, address(full + slot),
+                     (first + piece) * UNIT, matrix.first_row + tile_block * OUTPUTS, 0, 0, 0);
         } else {
             arrive_at(full + slot);
         }
@@ -138,22 +174,28 @@ __device__ __forceinline__ void copy_stages(
 }
 
 // Multiplies the first COLUMNS rows of x. Leaves the sums [COLUMNS, PITCH] in shared memory.
-template <int COLUMNS> __device__ __forceinline__ void multiply_stages(u8* memory, int num_units, Stages stages) {
-    u8* const records = memory + STAGES * X_SLOT;
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_stages(u8* memory, const Matrix& matrix, int tile_block, Stages stages) {
+    u8* const codes = memory + STAGES * X_SLOT;
     u64 *const full = (u64*)(memory + STAGES * SLOT), *const empty = full + STAGES;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_tile = warp / 4 * 4 * ROW_TILES + warp % 4;  // the warp's other tiles are 4 further each
     float total[ROW_TILES][COLUMNS / 2] = {};
     for (int stage = stages.first; stage < stages.end; ++stage) {
-        const int index = stage - stages.first, slot = index % STAGES, count = min(UNITS, num_units - stage * UNITS);
+        const int index = stage - stages.first, slot = index % STAGES, count = min(UNITS, matrix.num_units - stage * UNITS);
         wait_for(full + slot, index / STAGES % 2);
-        const u8* const here = records + (slot * TILES + first_tile) * RECORDS;
+        const u8* const here = codes + slot * CODES;
         const u32 x_here = address(memory) + slot * X_SLOT;
 #pragma unroll
         for (int u = 0; u < UNITS; ++u) {
             if (u >= count) break;
             Unit unit;
-            read_record(unit, here + u * RECORD, 4 * RECORDS, lane);
+#if NIBBLES
+            read_record(unit, here + first_tile * RECORDS + u * RECORD, 4 * RECORDS, lane);
+#else
+            read_rows(unit, here + (u * OUTPUTS + 16 * first_tile) * UNIT, matrix, tile_block * OUTPUTS + 16 * first_tile,
+                      stage * UNITS + u);
+#endif
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
                 u32 operand[ROW_TILES][2][4];
@@ -191,10 +233,11 @@ template <int COLUMNS> __device__ __forceinline__ void multiply_stages(u8* memor
 
 // Multiplies the first `columns` rows of x: a multiple of STEP, at most COLUMNS.
 template <int COLUMNS>
-__device__ __forceinline__ void multiply_columns(u8* memory, int num_units, Stages stages, int columns) {
+__device__ __forceinline__ void multiply_columns(
+    u8* memory, const Matrix& matrix, int tile_block, Stages stages, int columns) {
     if constexpr (COLUMNS > STEP)
-        if (columns < COLUMNS) return multiply_columns<COLUMNS - STEP>(memory, num_units, stages, columns);
-    multiply_stages<COLUMNS>(memory, num_units, stages);
+        if (columns < COLUMNS) return multiply_columns<COLUMNS - STEP>(memory, matrix, tile_block, stages, columns);
+    multiply_stages<COLUMNS>(memory, matrix, tile_block, stages);
 }
 
 // Four sums, added over the blocks of the cluster in a fixed order.
@@ -209,16 +252,18 @@ __device__ __forceinline__ float4 sums_of_cluster(const float* sums, int splits)
 }
 
 // x [blocks of rows, num_units, TOKENS / 8, 2, 8, 64], each part of 64 inputs with the 128-byte swizzle. codes:
-// records; those of two experts are expert_bytes apart. row_scales: float [outputs] or null; bias [outputs]; both
-// with a first dimension of experts. out [rows, num_outputs].
+// records; those of two experts are expert_bytes apart. map: of codes in rows, [experts * num_outputs, num_inputs].
+// scales, zeros (of codes in rows): [outputs / 2^scale_shift, scale_stride] or null. row_scales: float [outputs] or
+// null; bias [outputs]. Scales, zeros, row scales and bias have a first dimension of experts. out [rows, num_outputs].
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) warpgroup_linear(
-    const u8* x, const u8* __restrict__ codes, const float* __restrict__ row_scales, const u16* __restrict__ bias,
-    OUT* __restrict__ out, int num_rows, int num_outputs, int num_units, const int* item_of_row,
-    const int* expert_of_block, int num_items, int num_experts, long long expert_bytes) {
-    extern __shared__ __align__(1024) u8 memory[];  // x [STAGES, X_SLOT], records [STAGES, TILES, RECORDS], barriers
+    const u8* x, const u8* __restrict__ codes, const __grid_constant__ TensorMap map, const u8* __restrict__ scales,
+    const u8* __restrict__ zeros, int scale_shift, int scale_stride, const float* __restrict__ row_scales,
+    const u16* __restrict__ bias, OUT* __restrict__ out, int num_rows, int num_outputs, int num_units,
+    const int* item_of_row, const int* expert_of_block, int num_items, int num_experts, long long expert_bytes) {
+    extern __shared__ __align__(1024) u8 memory[];  // x [STAGES, X_SLOT], codes [STAGES, CODES], barriers
     if (threadIdx.x < STAGES) {
         u64* const full = (u64*)(memory + STAGES * SLOT);
-        make_barrier(full + threadIdx.x, TILES + UNITS);
+        make_barrier(full + threadIdx.x, CODE_COPIES + UNITS);
         make_barrier(full + STAGES + threadIdx.x, WARPS);
     }
     publish_barriers();
@@ -232,12 +277,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) warpgroup_linear(
     const int expert = expert_of_block[blockIdx.y];
     if (expert >= num_experts) return;
     codes += expert * expert_bytes;
+    const long long scales_before = (long long)expert * (((num_outputs - 1) >> scale_shift) + 1) * scale_stride;
+    if (scales) scales += scales_before * SCALE_BYTES;
+    if (zeros) zeros += scales_before;
     if (row_scales) row_scales += (long long)expert * num_outputs;
     if (HAS_BIAS) bias += (long long)expert * num_outputs;
     auto has_row = [&](int row) { return item_of_row[first_row + row] < num_items; };  // items come first
 #else
+    constexpr int expert = 0;
     auto has_row = [&](int row) { return first_row + row < num_rows; };
 #endif
+    const Matrix matrix = {codes, &map, scales, zeros, expert * num_outputs, scale_shift, scale_stride, num_outputs,
+                           num_units};
     const int split = rank_in_cluster(), splits = cluster_size(), tile_block = blockIdx.x / splits;
     const int num_stages = (num_units + UNITS - 1) / UNITS;
     const Stages stages = {num_stages * split / splits, num_stages * (split + 1) / splits};
@@ -246,11 +297,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) warpgroup_linear(
 
     if (threadIdx.x >= 32 * WARPS) {
         if (IS_ALONE) shrink_registers<24>();
-        copy_stages(memory, x, codes, tile_block, num_outputs, num_units, stages, columns);
+        copy_stages(memory, x, matrix, tile_block, stages, columns);
         return;
     }
     if (IS_ALONE) grow_registers<240>();
-    multiply_columns<TOKENS>(memory, num_units, stages, columns);
+    multiply_columns<TOKENS>(memory, matrix, tile_block, stages, columns);
     if (splits > 1) meet_cluster();
 
     const float* const sums = (const float*)memory;

@@ -76,3 +76,19 @@ MULTIPLY_ROWS(64, TO_32, 32, 33, 34, 35, 36, SUMS32(sum, 0))
 MULTIPLY_ROWS(128, TO_64, 64, 65, 66, 67, 68, SUMS32(sum, 0), SUMS32(sum, 32))
 MULTIPLY_ROWS(192, TO_96, 96, 97, 98, 99, 100, SUMS32(sum, 0), SUMS32(sum, 32), SUMS32(sum, 64))
 MULTIPLY_ROWS(256, TO_128, 128, 129, 130, 131, 132, SUMS32(sum, 0), SUMS32(sum, 32), SUMS32(sum, 64), SUMS32(sum, 96))
+
+// sum[i, j] += a[i, :] * b[j, :], as `multiply_rows`, with a in shared memory, too: 64 rows of 16 columns.
+#define MULTIPLY_SHARED(COLUMNS, NUMBERS, A, B, ...)                                                                 \
+    __device__ __forceinline__ void multiply_shared(float (&sum)[COLUMNS / 2], u64 a, u64 b) {                       \
+        asm volatile(                                                                                                \
+            "{.reg .pred p; setp.eq.b32 p, 0, 0;"                                                                    \
+            "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPES "." TYPES                                  \
+            " {" NUMBERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                                                      \
+            : __VA_ARGS__                                                                                            \
+            : "l"(a), "l"(b));                                                                                       \
+    }
+MULTIPLY_SHARED(8, TO_4, 4, 5, SUMS4(sum, 0))
+MULTIPLY_SHARED(16, TO_8, 8, 9, SUMS8(sum, 0))
+MULTIPLY_SHARED(32, TO_16, 16, 17, SUMS16(sum, 0))
+MULTIPLY_SHARED(64, TO_32, 32, 33, SUMS32(sum, 0))
+MULTIPLY_SHARED(128, TO_64, 64, 65, SUMS32(sum, 0), SUMS32(sum, 32))

@@ -16,7 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import compile_ahead, counters, cuda_kernel, prefill_attention_cuda
+from compiledllm.kernels import (
+    compile_ahead,
+    counters,
+    cuda_kernel,
+    prefill_attention_cuda,
+    tensor_map,
+)
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.compile_ahead import asking
@@ -41,8 +47,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", EmulatedKernel)
     monkeypatch.setattr(prefill_attention_cuda, "compile_together", lambda *_: None)
     monkeypatch.setattr(prefill_attention_cuda, "is_hopper", lambda: True)
-    monkeypatch.setattr(prefill_attention_cuda, "driver", Driver)
-    for cached in (prefill_attention_cuda._kernels, prefill_attention_cuda._encode):
+    monkeypatch.setattr(tensor_map, "driver", Driver)
+    for cached in (prefill_attention_cuda._kernels, tensor_map.encoded):
         cached.cache_clear()
 
 

@@ -156,10 +156,11 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
             IS_GELU=gated and not clamped,
         )
-    for rows, gated, by_halves in ((8, True, False), (256, False, True)) if dtype == "bf16" else ():
+    arranged = ((8, True, 0), (256, False, 1), (64, True, 2)) if dtype == "bf16" else ()
+    for rows, gated, order in arranged:
         check(
             arrange._arrange_kernel, dtype, ITEMS_PER_ROW=1 if gated else 4, HAS_EXPERTS=gated,
-            BY_HALVES=by_halves, IS_GATED=gated, HAS_LIMIT=gated, IS_GELU=False,
+            ORDER=order, IS_GATED=gated, HAS_LIMIT=gated, IS_GELU=False,
             ROWS=rows, COLUMNS=arrange._COLUMNS,
         )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)

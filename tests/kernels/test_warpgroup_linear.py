@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import quantized_cuda, quantized_experts_cuda, warpgroup_linear_cuda
+from compiledllm.kernels import (
+    quantized_cuda,
+    quantized_experts_cuda,
+    tensor_map,
+    warpgroup_linear_cuda,
+)
 from compiledllm.kernels.arrange_triton import arranged
 from compiledllm.kernels.moe import experts_in_torch
 from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.quantized_experts_cuda import ExpertMatrix
 from compiledllm.kernels.records import pack_records
-from compiledllm.kernels.warpgroup_linear_cuda import _TILINGS, Tiling, tiling_of_matrix
+from compiledllm.kernels.warpgroup_linear_cuda import _TILINGS, Matrix, Tiling, tiling_of_matrix
 from compiledllm.models.formats.codes import dequantize
+from tests.kernels.test_prefill_attention_cuda import Driver
 from tests.kernels.test_quantized_on_cpu import make_matrix, pack
 from tests.support.cuda_on_cpu import CpuKernel, use_cuda_kernels_on_cpu
 
@@ -23,10 +29,13 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads take turns in random orders, and copies arrive late."""
     use_cuda_kernels_on_cpu(monkeypatch)
     monkeypatch.setattr(warpgroup_linear_cuda, "CudaKernel", CpuKernel)
-    monkeypatch.setattr(warpgroup_linear_cuda, "is_hopper", lambda: True)
+    for module in (warpgroup_linear_cuda, quantized_experts_cuda):
+        monkeypatch.setattr(module, "is_hopper", lambda: True)
     monkeypatch.setattr(CpuKernel, "seed", 5)
     warpgroup_linear_cuda._kernel.cache_clear()
     tiling_of_matrix.cache_clear()
+    monkeypatch.setattr(tensor_map, "driver", Driver)
+    tensor_map.encoded.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -39,6 +48,10 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("int4, zeros", Tiling(128, 2, 1, 1), torch.float16),
         ("Q6_K", Tiling(256, 1, 1, 1), torch.bfloat16),
         ("mxfp4", Tiling(128, 1, 1, 1), torch.float16),
+        ("fp8", Tiling(16, 1, 2, 2), torch.bfloat16),
+        ("fp8 blocks", Tiling(32, 1, 2, 2), torch.bfloat16),
+        ("int8, zeros", Tiling(8, 1, 2, 3), torch.float16),
+        ("fp8 blocks", Tiling(128, 2, 1, 1), torch.float16),
     ],
     ids=str,
 )
@@ -49,9 +62,9 @@ def test_products_equal_those_of_the_dequantised_matrix(
     """The second block of rows has few rows, and the second block of outputs few outputs."""
     monkeypatch.setattr("tests.kernels.test_quantized_on_cpu.NUM_OUTPUTS", tiling.outputs + 21)
     monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
-    num_inputs = 512 if "K" in kind else 320
+    num_inputs = 512 if "K" in kind else 384 if "blocks" in kind else 320
     spec, matrix = make_matrix(kind, num_inputs)
-    format, (codes, _, _, _, row_scales) = pack(spec, matrix, num_inputs)
+    format, (codes, scales, zeros, _, row_scales) = pack(spec, matrix, num_inputs)
     assert codes is not None
     # Of six blocks with the tiling of 32 rows, four find no inputs.
     two_or_more = (2, 6) if tiling.tokens == 32 else (2,)
@@ -59,11 +72,11 @@ def test_products_equal_those_of_the_dequantised_matrix(
         x, bias = torch.randn(num_rows, num_inputs).to(dtype), torch.randn(tiling.outputs + 21)
         out = torch.empty(num_rows, len(bias), dtype=dtype)
         rows = arranged(x, num_inputs, format.layout, tiling.tokens, None, None)
-        parts = codes, row_scales, bias.to(dtype), format.layout
+        packed = Matrix(codes, scales, zeros, row_scales, bias.to(dtype), format.layout)
         expected = x.double() @ dequantize(matrix).double().T + bias.to(dtype).double()
         bound = 2**-8 if dtype == torch.bfloat16 else 2**-11
         for splits in all_splits:
-            found = warpgroup_linear_cuda.product(rows, *parts, out, tiling, splits=splits)
+            found = warpgroup_linear_cuda.product(rows, packed, out, tiling, splits=splits)
             assert (found.double() - expected).abs().max() < bound * expected.abs().max()
 
 

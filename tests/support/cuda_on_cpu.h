@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -36,6 +37,7 @@ struct Place {
 };
 
 #define __device__
+#define __grid_constant__
 #define __global__
 #define __forceinline__ inline
 #define __shared__ static
@@ -222,22 +224,20 @@ inline void arrive_at(u64* barrier) {
     if ((--*barrier & 0xFFFF) == 0) *barrier = (*barrier ^ 1ull << 32) | (*barrier >> 16 & 0xFFFF);
 }
 struct Copy {
-    void* to;
-    const u8* from;
-    u32 bytes;
     u64* arrived;
+    std::function<void()> move;
 
-    void make() const {
-        memcpy(to, from, bytes);
-        arrive_at(arrived);
-    }
+    void make() const { move(), arrive_at(arrived); }
 };
 static std::vector<Copy> late_copies;
-inline void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
-    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) __builtin_trap();
-    const Copy copy = {to, from, bytes, arrived};
+inline void copy_later(u64* arrived, std::function<void()> move) {
+    const Copy copy = {arrived, std::move(move)};
     if (random_numbers) late_copies.push_back(copy);
     else copy.make();
+}
+inline void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) __builtin_trap();
+    copy_later(arrived, [=] { memcpy(to, from, bytes); });
 }
 inline void wait_for(u64* arrived, u32 parity) {
     wait_until([=] { return (*(volatile u64*)arrived >> 32 & 1) != parity; });

@@ -30,6 +30,7 @@ _HERE = Path(__file__).parent
 _HEADERS = {
     "ptx.cuh": _HERE / "cuda_on_cpu.h",
     "cluster.cuh": _HERE / "cluster_on_cpu.h",
+    "tensor_copies.cuh": _HERE / "tensor_copies_on_cpu.h",
     "wgmma.cuh": _HERE / "wgmma_on_cpu.h",
     "hopper.cuh": _HERE.parent / "kernels" / "emulated_hopper.h",
     "fibers.h": _HERE / "fibers.h",

@@ -1,0 +1,285 @@
+// Attention of rows with one new token on a paged cache, split among the thread blocks: which keys a block has, a
+// warp's tiles of keys and values in registers, and the sums over warps and splits.
+//
+// Defined before: ROWS (at most so many), NUM_BLOCKS, WARPS, THREADS (that compute), HEAD_DIM, NUM_KV_HEADS, GROUP (query
+// heads of a KV head, at most 8), BLOCK_SIZE, HAS_WINDOWS, HAS_SOFT_CAP, and `meet`, a barrier of these threads.
+
+#pragma once
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;  // below all scores, and finite
+constexpr int TILE_KEYS = 16, ROUND = TILE_KEYS * WARPS;  // keys of a warp's tile, of all warps'
+constexpr int KEY_STEPS = HEAD_DIM / 32, VALUE_PARTS = (HEAD_DIM + 63) / 64, VALUE_TILES = 4 * VALUE_PARTS;
+constexpr int MOST_UNITS = NUM_BLOCKS * ((ROWS * NUM_KV_HEADS + NUM_BLOCKS - 1) / NUM_BLOCKS);
+
+struct Span {  // the keys of a row and KV head, or a split of them
+    int row, head, split, num_splits;
+    int first, last, length;  // tokens of the split, of the row
+};
+
+// How many rounds of keys a split has: as few as fill the grid once (or as often as rows and heads do).
+struct Splits {
+    int rounds;
+    int first[ROWS], length[ROWS];
+
+    __device__ __forceinline__ int count(int row) const {
+        const int all = (length[row] - first[row] / ROUND * ROUND + ROUND - 1) / ROUND;
+        return max(1, (all + rounds - 1) / rounds);
+    }
+    __device__ __forceinline__ int total() const {
+        int found = 0;
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) found += count(row);
+        return found * NUM_KV_HEADS;
+    }
+    __device__ __forceinline__ Splits(const int* seq_lens, int num_rows, int window) {
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            length[row] = row < num_rows ? seq_lens[row] : 0;
+            first[row] = HAS_WINDOWS && window ? max(0, length[row] - window) : 0;
+        }
+        rounds = 1;
+        rounds = max(1, total() / MOST_UNITS);
+        while (total() > MOST_UNITS) ++rounds;
+    }
+    // Returns false if there are no more units.
+    __device__ __forceinline__ bool find(Span& unit, int index, int num_rows) const {
+        unit.head = index % NUM_KV_HEADS;
+        int before = 0;
+        unit.row = -1;
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            const int splits = count(row), split = index / NUM_KV_HEADS - before;
+            if (row < num_rows && split >= 0 && split < splits) {
+                unit.row = row, unit.split = split, unit.num_splits = splits, unit.length = length[row];
+                const int start = first[row] / ROUND * ROUND + split * rounds * ROUND;
+                unit.first = max(first[row], start), unit.last = min(length[row], start + rounds * ROUND);
+            }
+            before += splits;
+        }
+        return unit.row >= 0;
+    }
+};
+
+struct Cache {
+    const u16 *keys, *values;
+    const int* pages;  // of the unit's row
+};
+
+// A warp's keys and values of a tile of 16 tokens: of keys tokens g and g + 8, of values tokens 2 l, 2 l + 1, and 8
+// further.
+struct Tile {
+    uint4 keys[2][KEY_STEPS], values[4][VALUE_PARTS];
+
+    static __device__ __forceinline__ int key_token(int i) { return threadIdx.x % 32 / 4 + 8 * i; }
+    static __device__ __forceinline__ int value_token(int i) { return 2 * (threadIdx.x % 4) + i % 2 + 8 * (i / 2); }
+
+    __device__ __forceinline__ void load_keys(const Cache& cache, int head, i64 slot) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int s = 0; s < KEY_STEPS; ++s) {
+                const i64 at = ((slot + key_token(i)) * NUM_KV_HEADS + head) * HEAD_DIM + 32 * s + threadIdx.x % 4 * 8;
+                keys[i][s] = load_once((const u8*)(cache.keys + at));
+            }
+    }
+    __device__ __forceinline__ void load_values(const Cache& cache, int head, i64 slot) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int p = 0; p < VALUE_PARTS; ++p) {
+                const int dim = 64 * p + threadIdx.x % 32 / 4 * 8;
+                values[i][p] = make_uint4(0, 0, 0, 0);
+                const i64 at = ((slot + value_token(i)) * NUM_KV_HEADS + head) * HEAD_DIM + dim;
+                if (dim < HEAD_DIM) values[i][p] = load_once((const u8*)(cache.values + at));
+            }
+    }
+    // The step's own token is not in the cache yet, and values behind it may be NaN.
+    __device__ __forceinline__ void correct(const u16* key, const u16* value, int newest) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (key_token(i) == newest)
+#pragma unroll
+                for (int s = 0; s < KEY_STEPS; ++s) keys[i][s] = *(const uint4*)(key + 32 * s + threadIdx.x % 4 * 8);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int p = 0; p < VALUE_PARTS; ++p) {
+                const int dim = 64 * p + threadIdx.x % 32 / 4 * 8;
+                if (value_token(i) == newest && dim < HEAD_DIM) values[i][p] = *(const uint4*)(value + dim);
+                if (value_token(i) > newest) values[i][p] = make_uint4(0, 0, 0, 0);
+            }
+    }
+};
+
+// A warp's tiles of a unit: which there are and where they lie in the cache.
+struct Walk {
+    const Cache& cache;
+    const Span& unit;
+    int pages;  // this lane's, of 32 tiles of the warp
+
+    __device__ __forceinline__ int token(int index) const {
+        return unit.first / TILE_KEYS * TILE_KEYS + (index * WARPS + (int)threadIdx.x / 32) * TILE_KEYS;
+    }
+    __device__ __forceinline__ bool has(int index) const { return token(index) < unit.last; }
+    __device__ __forceinline__ i64 slot(int index) {
+        if (index % 32 == 0) {
+            const int mine = token(index + threadIdx.x % 32);
+            pages = mine < unit.last ? cache.pages[mine / BLOCK_SIZE] : 0;
+        }
+        const int page = __shfl_sync(~0u, pages, index % 32);
+        return (i64)page * BLOCK_SIZE + token(index) % BLOCK_SIZE;
+    }
+    // Begin to load tile `index`, if there is one. All lanes of the warp call this for 0, 1, 2 and so on.
+    __device__ __forceinline__ void load(Tile& tile, int index) {
+        const i64 at = slot(index);
+        if (has(index)) tile.load_keys(cache, unit.head, at), tile.load_values(cache, unit.head, at);
+    }
+};
+
+__device__ __forceinline__ float best_of_quad(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+struct Attention {  // a warp's result
+    float sum[VALUE_TILES][4];  // [4 p + j / 2][2 (j % 2) + i]: dim 64 p + 8 g + j of head 2 l + i
+    float best, total;          // of head g, in base 2; the total is of this lane's keys
+
+    __device__ __forceinline__ void add(
+        const Tile& tile, const u16* heads, int token, const Span& unit, float scale, float soft_cap) {
+        const int g = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
+        float scores[2][4] = {}, others[2][4] = {};  // of half the dims each
+#pragma unroll
+        for (int s = 0; s < KEY_STEPS; ++s) {
+            uint4 query = make_uint4(0, 0, 0, 0);
+            if (g < GROUP) query = *(const uint4*)(heads + g * HEAD_DIM + 32 * s + 8 * l);
+            const u32 first[4] = {query.x, 0, query.y, 0}, second[4] = {query.z, 0, query.w, 0};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                multiply(scores[i], first, tile.keys[i][s].x, tile.keys[i][s].y);
+                multiply(others[i], second, tile.keys[i][s].z, tile.keys[i][s].w);
+            }
+        }
+        float highest = LOWEST;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& score = scores[i / 2][i % 2];
+            const int at = token + 8 * (i / 2) + 2 * (threadIdx.x % 4) + i % 2;
+            score = (score + others[i / 2][i % 2]) * scale;
+            if (HAS_SOFT_CAP) score = soft_cap * tanhf(score / soft_cap);
+            score = at >= unit.first && at < unit.last ? score * LOG2_E : LOWEST;
+            highest = fmaxf(highest, score);
+        }
+        const float higher = fmaxf(best, best_of_quad(highest)), decay = exp2f(best - higher);
+        best = higher, total *= decay;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total += scores[i / 2][i % 2] = exp2f(scores[i / 2][i % 2] - higher);
+        // Weights are the right operand of the next product as they are, and values the left operand.
+        const u32 low = pair_of(scores[0][0], scores[0][1]), high = pair_of(scores[1][0], scores[1][1]);
+        const float decays[2] = {__shfl_sync(~0u, decay, 8 * l), __shfl_sync(~0u, decay, 8 * l + 4)};
+#pragma unroll
+        for (int t = 0; t < VALUE_TILES; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[t][i] *= decays[i % 2];
+            auto pair = [&](int i, u32 choice) {  // of two tokens
+                const uint4 &even = tile.values[i][t / 4], &odd = tile.values[i + 1][t / 4];
+                return __byte_perm(word_of(even, t % 4), word_of(odd, t % 4), choice);
+            };
+            const u32 values[4] = {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410), pair(2, 0x7632)};
+            multiply(sum[t], values, low, high);
+        }
+    }
+};
+
+// Two dims of a head, of some parts that are added in their order: a part's share is 2^(best - the best of all).
+struct Merged {
+    float best, total, low, high;
+
+    __device__ __forceinline__ explicit Merged(float best) : best(best), total(0.f), low(0.f), high(0.f) {}
+    __device__ __forceinline__ void add(float its_best, float its_total, float2 x) {
+        const float share = exp2f(its_best - best);
+        total += its_total * share, low += x.x * share, high += x.y * share;
+    }
+    // A sink is a further logit, without a value. The logit may be far above all scores.
+    __device__ __forceinline__ void add_sink(float sink) {
+        const float highest = fmaxf(best, sink * LOG2_E), share = exp2f(best - highest);
+        total = total * share + exp2f(sink * LOG2_E - highest), low *= share, high *= share, best = highest;
+    }
+    __device__ __forceinline__ u32 result() const {  // two dims
+        const float share = total > 0.f ? 1.f / total : 0.f;  // a row without tokens sees no keys
+        return pair_of(low * share, high * share);
+    }
+};
+
+// The last split of a row and KV head to arrive adds up all of them.
+template <class WRITE>
+__device__ __forceinline__ void merge_splits(
+    const Span& unit, int index, const float* partial, u32* arrivals, float* small, const WRITE& write) {
+    meet();
+    if (threadIdx.x == 0)
+        *(u32*)small = add_modulo(arrivals + unit.row * NUM_KV_HEADS + unit.head, unit.num_splits);
+    meet();
+    if (*(u32*)small != unit.num_splits - 1) return;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 2; i += THREADS) {
+        const int head = i / (HEAD_DIM / 2), dim = i % (HEAD_DIM / 2) * 2;
+        auto part = [&](int split) {
+            const int place = index + (split - unit.split) * NUM_KV_HEADS;
+            return partial + ((i64)place * GROUP + head) * (HEAD_DIM + 2);
+        };
+        float best = LOWEST;
+#pragma unroll 8
+        for (int split = 0; split < unit.num_splits; ++split)
+            best = fmaxf(best, load_from_l2((const float2*)(part(split) + HEAD_DIM)).x);
+        Merged all(best);
+#pragma unroll 8
+        for (int split = 0; split < unit.num_splits; ++split) {
+            const float2 stats = load_from_l2((const float2*)(part(split) + HEAD_DIM));
+            all.add(stats.x, stats.y, load_from_l2((const float2*)(part(split) + dim)));
+        }
+        write(head, dim, all);
+    }
+}
+
+// Add up the warps' results, and then, in the last block to arrive, the splits'. write(head, dim, sum): of two dims of
+// a query head of the unit. index: of the unit. of_warps: in shared memory, [WARPS, GROUP, HEAD_DIM + 2]; of_splits:
+// [units, GROUP, HEAD_DIM + 2]; arrivals: [rows, NUM_KV_HEADS], zero before and after.
+template <class WRITE>
+__device__ __forceinline__ void merge_warps(
+    const Span& unit, int index, const Attention& mine, float* of_warps, float* of_splits, u32* arrivals, float* small,
+    const WRITE& write) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
+    float total = mine.total;
+    total += __shfl_xor_sync(~0u, total, 1), total += __shfl_xor_sync(~0u, total, 2);
+    float* const to = of_warps + warp * GROUP * (HEAD_DIM + 2);
+    if (g < GROUP && l == 0) *(float2*)(to + g * (HEAD_DIM + 2) + HEAD_DIM) = make_float2(mine.best, total);
+#pragma unroll
+    for (int t = 0; t < VALUE_TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int head = 2 * l + i, dim = 64 * (t / 4) + 8 * g + 2 * (t % 4);
+            const float2 both = make_float2(mine.sum[t][i], mine.sum[t][2 + i]);
+            if (head < GROUP && dim < HEAD_DIM) *(float2*)(to + head * (HEAD_DIM + 2) + dim) = both;
+        }
+    meet();
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 2; i += THREADS) {
+        const int head = i / (HEAD_DIM / 2), dim = i % (HEAD_DIM / 2) * 2;
+        float best = LOWEST;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) best = fmaxf(best, of_warps[(w * GROUP + head) * (HEAD_DIM + 2) + HEAD_DIM]);
+        Merged all(best);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float* from = of_warps + (w * GROUP + head) * (HEAD_DIM + 2);
+            all.add(from[HEAD_DIM], from[HEAD_DIM + 1], *(const float2*)(from + dim));
+        }
+        if (unit.num_splits == 1) {
+            write(head, dim, all);
+            continue;
+        }
+        float* to = of_splits + ((i64)index * GROUP + head) * (HEAD_DIM + 2);
+        *(float2*)(to + dim) = make_float2(all.low, all.high);
+        if (dim == 0) *(float2*)(to + HEAD_DIM) = make_float2(all.best, all.total);
+    }
+    if (unit.num_splits > 1) merge_splits(unit, index, of_splits, arrivals, small, write);
+}
