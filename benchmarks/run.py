@@ -45,7 +45,6 @@ from compiledllm.benchmarks.workload import (
     with_token_ids,
 )
 from compiledllm.config import ConfigError
-from compiledllm.kernels.linear import MAX_SKINNY_ROWS
 from compiledllm.platform import Platform
 
 DEFAULT_SEED = 4242
@@ -257,14 +256,12 @@ def run_tilings(arguments: Namespace) -> int:
     check_output(arguments.output_json, "--output-json")
     path = arguments.output_json or tilings.own_table()
     models, formats = arguments.models, arguments.formats
-    shapes = [] if formats else tilings.products_of(models)
-    few_rows = [rows for rows in arguments.rows if rows <= MAX_SKINNY_ROWS]
-    measured = [(rows, shape) for rows in few_rows for shape in shapes]
+    measured = [] if formats else tilings.products_of(models, arguments.rows)
     products = quantized_tilings.products_of(models, formats, arguments.rows)
     of_experts = expert_tilings.products_of(models, formats, arguments.rows)
     num_measured = len(measured) + len(products) + len(of_experts)
     with progress(num_measured) as advance:
-        entries = tilings.measure_products(shapes, few_rows, advance) if measured else []
+        entries = tilings.measure_products(measured, advance) if measured else []
         others = quantized_tilings.measure_products(products, advance) if products else {}
         experts = expert_tilings.measure_products(of_experts, advance) if of_experts else {}
     tilings.write_table(path, entries, measured, platform, others, experts)

@@ -23,7 +23,9 @@ from torch import Tensor
 from compiledllm.benchmarks.state_layers import seconds_per_call
 from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError
+from compiledllm.kernels import dense_linear_cuda
 from compiledllm.kernels.launch import out_of_resources
+from compiledllm.kernels.linear import MAX_SKINNY_ROWS
 from compiledllm.kernels.tables import (
     ExpertProduct,
     expert_key,
@@ -36,6 +38,7 @@ from compiledllm.models.source import resolve_checkpoint
 from compiledllm.platform import Platform
 
 Shape = tuple[int, int]  # outputs, inputs
+Product = tuple[int, Shape]  # rows, shape of the matrix
 Fields = tuple[int, int, int, int]  # of a tiling: outputs, columns, num_warps, num_stages
 QuantizedKey = tuple[str, int, int, int]  # layout, padded rows, inputs, outputs
 _Job = TypeVar("_Job")
@@ -54,15 +57,16 @@ def own_table() -> Path:
     return cache_dir() / "tilings" / file_name(torch.cuda.get_device_name())
 
 
-def products_of(models: Iterable[str]) -> list[Shape]:
-    """The distinct shapes of 16-bit matmuls in these models' steps. No weights are needed."""
+def products_of(models: Iterable[str], row_counts: Sequence[int]) -> list[Product]:
+    """The distinct matmuls of `skinny_triton` in these models' steps. No weights are needed."""
     shapes = dict[Shape, None]()
     for model in models:
         spec = load_spec(resolve_checkpoint(model, weights=False))
         for matrix in spec.weights_read.matrices:
             if matrix.format is None and matrix.num_experts == 1:
                 shapes[matrix.num_outputs, matrix.num_inputs] = None
-    return list(shapes)
+    products = itertools.product((m for m in row_counts if m <= MAX_SKINNY_ROWS), shapes)
+    return [(m, shape) for m, shape in products if not dense_linear_cuda.serves(m, *shape)]
 
 
 def candidates(num_rows: int, num_inputs: int) -> Iterator[Fields]:
@@ -83,7 +87,7 @@ def candidates(num_rows: int, num_inputs: int) -> Iterator[Fields]:
 
 
 def measure_products(
-    shapes: Sequence[Shape], row_counts: Sequence[int], advance: Callable[[str], None]
+    products: Sequence[Product], advance: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A table entry for each matmul that some tiling computes at least 3 % faster than the rule's.
 
@@ -91,11 +95,11 @@ def measure_products(
     """
     from compiledllm.kernels.skinny_triton import rule_for
 
-    depths = {num_inputs for _, num_inputs in shapes}
-    jobs = [(m, k, t) for m in row_counts for k in depths for t in candidates(m, k)]
+    sizes = dict.fromkeys((m, num_inputs) for m, (_, num_inputs) in products)
+    jobs = [(m, k, t) for m, k in sizes for t in candidates(m, k)]
     compile_in_processes(_compile, jobs)
     entries = []
-    for num_rows, (num_outputs, num_inputs) in itertools.product(row_counts, shapes):
+    for num_rows, (num_outputs, num_inputs) in products:
         rule = rule_for(num_rows, num_outputs, num_inputs)
         rule_fields = rule.outputs, rule.columns, rule.num_warps, rule.num_stages
         tilings = dict.fromkeys([rule_fields, *candidates(num_rows, num_inputs)])

@@ -58,20 +58,24 @@ class Tiling:
         return 2 * _INPUTS * (_MAX_OUTPUTS - self.outputs)
 
 
+def serves(num_rows: int, num_outputs: int, num_inputs: int) -> bool:
+    """Whether `product` multiplies by aligned 16-bit matrices of this shape on this device."""
+    if not (is_hopper() and 2 <= num_rows <= MAX_ROWS) or num_outputs % 4 or num_inputs % 8:
+        return False
+    num_blocks = tiling_for(num_outputs, num_inputs).num_blocks(num_outputs)
+    return num_blocks >= _MIN_BUSY * num_multiprocessors()
+
+
 def kernel_for(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
 ) -> CudaKernel | None:
     """The kernel for this product on the current device; None: there is none, or it is slower."""
     num_rows, (num_outputs, num_inputs) = x.shape[0], weight.shape
-    if not 2 <= num_rows <= MAX_ROWS or x.dtype.itemsize != 2 or not x.is_cuda or not is_hopper():
+    if not (x.is_cuda and x.dtype.itemsize == 2 and serves(num_rows, num_outputs, num_inputs)):
         return None
-    if num_outputs % 4 or num_inputs % 8 or not (out is None or out.is_contiguous()):
+    if not (_is_aligned(x) and _is_aligned(weight) and (out is None or out.is_contiguous())):
         return None
     t = tiling_for(num_outputs, num_inputs)
-    if t.num_blocks(num_outputs) < _MIN_BUSY * num_multiprocessors():
-        return None
-    if not (_is_aligned(x) and _is_aligned(weight)):
-        return None
     return _kernel(x.dtype, _tokens(num_rows), bias is not None, t, compile_ahead.is_asking())
 
 

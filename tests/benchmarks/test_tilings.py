@@ -14,6 +14,7 @@ import torch
 from compiledllm import cli
 from compiledllm.benchmarks import expert_tilings, quantized_tilings, tilings
 from compiledllm.benchmarks.cli import QUANTIZED_FORMATS
+from compiledllm.kernels import dense_linear_cuda
 from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.quantized_cuda import Tiling
 from compiledllm.kernels.tables import (
@@ -32,9 +33,20 @@ PLATFORM = Platform(torch.device("cpu"), "NVIDIA H200", 0)
 
 def test_products_of_models_are_listed_once(tiny_llama: Callable[..., Path]) -> None:
     model = str(tiny_llama())
-    shapes = tilings.products_of([model, model])
-    assert set(shapes) == {(128, 64), (64, 64), (224, 64), (64, 112)}
-    assert len(shapes) == 4  # head and attn.qkv have the same shape
+    shapes = (128, 64), (64, 64), (224, 64), (64, 112)  # head and attn.qkv have the same shape
+    products = tilings.products_of([model, model], [1, 8, 64])
+    assert sorted(products) == sorted(itertools.product((1, 8), shapes))
+
+
+def test_products_of_another_kernel_are_left_out(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_linear_cuda, "is_hopper", lambda: True)
+    monkeypatch.setattr(dense_linear_cuda, "num_multiprocessors", lambda: 2)
+    dense_linear_cuda.tiling_for.cache_clear()
+    found = tilings.products_of([str(tiny_llama())], [1, 8])
+    dense_linear_cuda.tiling_for.cache_clear()
+    assert {num_rows for num_rows, _ in found} == {1}
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 24])
