@@ -73,7 +73,9 @@ def kernel_for(
     num_rows, (num_outputs, num_inputs) = x.shape[0], weight.shape
     if not (x.is_cuda and x.dtype.itemsize == 2 and serves(num_rows, num_outputs, num_inputs)):
         return None
-    if not (_is_aligned(x) and _is_aligned(weight) and (out is None or out.is_contiguous())):
+    if not (_is_aligned(x) and _is_aligned(weight)):
+        return None
+    if out is not None and (out.data_ptr() % 8 or not out.is_contiguous()):
         return None
     t = tiling_for(num_outputs, num_inputs)
     return _kernel(x.dtype, _tokens(num_rows), bias is not None, t, compile_ahead.is_asking())
