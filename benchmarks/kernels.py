@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compiledllm.benchmarks.ceilings import measure_ceilings
-from compiledllm.benchmarks.floor import Ceilings, decode_cost
+from compiledllm.benchmarks.floor import Ceilings, decode_cost, product_flops
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.peers import CompiledLLM
 from compiledllm.benchmarks.profile import Event, StepProfile, num_steps
@@ -33,8 +33,8 @@ _KINDS = (
     (LAYERS, r"^decode_step"),
     (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
     (ATTENTION, r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution"),
-    (PRODUCTS, r"_one_row_kernel|_few_rows_kernel|_grouped_kernel|_linear_kernel|triton_tem"),
-    (PRODUCTS, r"quantized_linear|dequantize|gemm|gemv|splitK|nvjet|cutlass|xmma|scaled_mm"),
+    (PRODUCTS, r"_one_row_kernel|_few_rows_kernel|_grouped_kernel|_linear|triton_tem"),
+    (PRODUCTS, r"dequantize|gemm|gemv|splitK|nvjet|cutlass|xmma|scaled_mm"),
     (PRODUCTS, r"aten::(b?mm|addmm|baddbmm|linear|matmul)|onednn|mkldnn|skinny|experts"),
 )
 _NAME_LENGTH = 60  # characters of a kernel's name; names of C++ templates have thousands
@@ -161,7 +161,7 @@ def parts_of(
 ) -> list[Part]:
     """The step's parts, each with the least number of bytes that it must move, and its floor."""
     cost, empty = decode_cost(spec, rows, context), decode_cost(spec, rows, 0)
-    flops = 2 * rows * spec.weights_read.num_parameters
+    flops = rows * product_flops(spec.weights_read)
     products_s = max(cost.weight_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)
     mixed_flops = cost.flops - empty.flops
     mixed_s = max(cost.kv_bytes / ceilings.bytes_per_s, mixed_flops / ceilings.flops_per_s)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine.startup import in_dtypes
 from compiledllm.models.json_file import read_json
 from compiledllm.models.registry import load_spec
 from compiledllm.models.sharded_spec import sharded
@@ -40,7 +41,7 @@ class Model:
     @classmethod
     def from_options(cls, options: Mapping[str, Any], engines: tuple[str, ...]) -> Model:
         """Resolve engine options to a model. Raises ConfigError for options that are wrong."""
-        EngineConfig.from_options(**options)
+        config = EngineConfig.from_options(**options)
         dummy = options.get("load_format") == "dummy"
         is_ours = set(engines) == {"compiledllm"}  # others cannot load matrices that stay quantised
         path = resolve_checkpoint(
@@ -55,11 +56,13 @@ class Model:
                 raise
         platform = Platform.detect(options.get("device", "auto"))
         stored = spec.dtype if spec else "bfloat16"
-        num_ranks = options.get("tensor_parallel_size") or 1
         dtype = str(platform.choose_dtype(options.get("dtype", "auto"), stored).value)
+        if spec:
+            spec, _ = in_dtypes(spec, config.cache, dtype, path, platform)
+            spec = sharded(spec, options.get("tensor_parallel_size") or 1)
         return cls(
             path=path,
-            spec=sharded(spec.with_dtypes(dtype), num_ranks) if spec else None,
+            spec=spec,
             vocab_size=spec.vocab_size if spec else _vocab_size(path),
             platform=platform,
             dtype=dtype,

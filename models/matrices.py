@@ -137,6 +137,14 @@ class MatrixSpec(NamedTuple):
         shape = self.num_outputs, self.num_inputs
         return self.num_experts * self.format.num_bytes(*shape, self.parts)
 
+    @property
+    def num_in_8_bits(self) -> int:
+        """Number of parameters that are kept as FP8 or int8."""
+        if isinstance(self.format, MixedSpec):
+            return sum(run.num_in_8_bits for run in self._runs(self.format))
+        is_8_bit = self.format is not None and self.format.code in ("fp8", "int8")
+        return self.num_parameters if is_8_bit else 0
+
     def _runs(self, format: MixedSpec) -> Iterator[MatrixSpec]:
         """The matrix of each run of parts that have one format."""
         sizes = iter(self.parts)

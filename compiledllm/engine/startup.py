@@ -48,13 +48,9 @@ def plan(config: EngineConfig, rank: int = 0, device: str | None = None) -> Plan
         _note_transformers(config, stored.architecture, report)
     dtype = platform.choose_dtype(model.dtype, stored.dtype)
     report.note("dtype", dtype)
-    kv_dtype = _kv_dtype(config.cache, str(dtype.value), checkpoint, platform)
+    spec = stored.for_context(resolved.limits.max_model_len)
+    spec, kv_dtype = in_dtypes(spec, config.cache, str(dtype.value), checkpoint, platform)
     report.note("kv_cache_dtype", kv_dtype)
-    spec = stored.for_context(resolved.limits.max_model_len).with_dtypes(
-        str(dtype.value),
-        "float8_e4m3fn" if kv_dtype.value == "fp8" else "",
-        config.cache.state_dtype,
-    )
     spec = sharded(spec, ranks.count)
     if ranks.are_many:
         report.note("tensor_parallel_size", Choice(ranks.count, "as asked"))
@@ -91,6 +87,18 @@ def _platform(device: str, ranks: Ranks, own: str | None) -> Platform:
     if platform.is_cuda:
         return Platform.detect(own or f"cuda:{ranks.index}")
     return dataclasses.replace(platform, memory_bytes=platform.memory_bytes // ranks.count)
+
+
+def in_dtypes(
+    spec: ModelSpec, cache: CacheConfig, dtype: str, checkpoint: Path, platform: Platform
+) -> tuple[ModelSpec, Choice]:
+    """The spec with the dtypes of the run, and the choice of the KV cache's dtype.
+
+    dtype: the model's. Raises ConfigError for a KV cache in a dtype that does not fit.
+    """
+    kv_dtype = _kv_dtype(cache, dtype, checkpoint, platform)
+    stored_as = "float8_e4m3fn" if kv_dtype.value == "fp8" else ""
+    return spec.with_dtypes(dtype, stored_as, cache.state_dtype), kv_dtype
 
 
 def _kv_dtype(cache: CacheConfig, dtype: str, checkpoint: Path, platform: Platform) -> Choice:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
+from compiledllm.benchmarks.floor import decode_cost
+from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.plot import plot_ratios, plot_report
 from compiledllm.benchmarks.profile import covered
 from compiledllm.benchmarks.report import (
@@ -229,6 +232,16 @@ def test_every_benchmark_has_a_picture_with_plain_numbers(kind: str, tmp_path: P
     if report.ratios:
         plot_ratios(report.ratios, path)
         assert "<!-- TTFT -->" in path.read_text() or kind != "latency"
+
+
+def test_floors_count_the_caches_bytes(tiny_llama: Callable[..., Path]) -> None:
+    options = {"model": str(tiny_llama()), "device": "cpu", "dtype": "bfloat16"}
+    plain, fp8 = (
+        Model.from_options({**options, "kv_cache_dtype": dtype}, ("compiledllm",)).spec
+        for dtype in ("auto", "fp8")
+    )
+    assert plain is not None and fp8 is not None
+    assert decode_cost(plain, 2, 50).kv_bytes == 2 * decode_cost(fp8, 2, 50).kv_bytes > 0
 
 
 def test_committed_results_are_reports_of_todays_schema() -> None:

@@ -14,6 +14,7 @@ from compiledllm.benchmarks.floor import (
     time_per_output_token_floor,
     time_to_first_token_floor,
 )
+from compiledllm.models.matrices import Formats, QuantSpec
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -87,6 +88,26 @@ def test_time_per_output_token_follows_the_growing_context(name: str) -> None:
     attention = sum(4 * 5 * attn.q_size for attn in spec.attentions)
     floor = time_per_output_token_floor(spec, SLOW_ARITHMETIC, 2, 3, 4)
     assert floor == pytest.approx(2 * (2 * parameters + attention))
+
+
+def with_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:
+    return replace(spec, layers=tuple(replace(layer, formats=formats) for layer in spec.layers))
+
+
+def test_products_of_8_bits_take_half_the_time() -> None:
+    spec, parameters, _ = MODELS["Llama-3.1-8B"]
+    layer = 218_112_000 - 2 * 4096  # without norms
+    others = 2 * (parameters - 32 * layer)
+    attention = 4 * 1024 * 4096 * 32
+    for code, share in (("fp8", 1), ("int8", 1), ("int4", 2), ("fp4", 2)):
+        names = "attn.qkv", "attn.out", "mlp.gate_up", "mlp.down"
+        stored = with_formats(spec, tuple((name, QuantSpec(code, 128)) for name in names))
+        assert stored.weights_read.num_parameters == parameters
+        cost = decode_cost(stored, 1, 1024)
+        assert cost.flops == share * 32 * layer + others + attention, code
+    fp8 = with_formats(spec, (("mlp.down", QuantSpec("fp8")),))
+    saved = prefill_cost(spec, 2, 100).flops - prefill_cost(fp8, 2, 100).flops
+    assert saved == 2 * 100 * 32 * 4096 * 14336
 
 
 @pytest.mark.parametrize("name", MODELS)
