@@ -88,7 +88,7 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 @functools.cache
 def tiling_for(num_outputs: int, num_inputs: int) -> Tiling:
-    """One thread block for each multiprocessor, with all of its shared memory, or an even number.
+    """One thread block for each multiprocessor, with all of its shared memory, or several.
 
     Few outputs are shared by two or four thread blocks, so that each has some 64 of them: with
     fewer, the blocks read x more often.
@@ -101,7 +101,6 @@ def tiling_for(num_outputs: int, num_inputs: int) -> Tiling:
     if splits == 4:
         num_blocks = int(_CLUSTERS_OF_FOUR * num_blocks) * splits
     rounds = -(-num_outputs * splits // (_MAX_OUTPUTS * num_blocks))
-    rounds += rounds % 2 if rounds > 1 else 0  # two blocks of a multiprocessor run at once
     outputs = -(-num_outputs * splits // (rounds * num_blocks))
     most = _MIN_OUTPUTS if splits == 1 else 8
     outputs = min(max(-(-outputs // 8) * 8, most), _MAX_OUTPUTS)
