@@ -20,7 +20,8 @@ _WARPS = 8
 def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKernel | None:
     """The kernel for a decode step of these queries, [rows, heads, head_dim]; None: there is none.
 
-    A multiprocessor has at most one KV head of a row, as more are computed one after another.
+    The rows' KV heads are at most half as many as the multiprocessors, which leaves room for splits
+    of long rows among short ones.
     """
     block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
     num_rows, num_heads, _ = query.shape
@@ -28,9 +29,9 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
         return None
     if options.in_chunks or head_dim not in (32, 64, 96, 128) or block_size % 16:
         return None
-    if num_heads // num_kv_heads > 8 or num_rows * num_kv_heads > num_multiprocessors():
+    if num_heads // num_kv_heads > 8 or num_rows > _ROW_COUNTS[-1]:
         return None
-    if num_rows > _ROW_COUNTS[-1]:
+    if 2 * _max_rows(num_rows) * num_kv_heads > num_multiprocessors():
         return None
     # The kernel reads 16 bytes at a time, which must be aligned.
     if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):

@@ -73,7 +73,7 @@ def kernel_for(
     num_rows, (num_outputs, num_inputs) = x.shape[0], weight.shape
     if not (x.is_cuda and x.dtype.itemsize == 2 and serves(num_rows, num_outputs, num_inputs)):
         return None
-    if not (_is_aligned(x) and _is_aligned(weight)):
+    if weight.dtype != x.dtype or not (_is_aligned(x) and _is_aligned(weight)):
         return None
     if out is not None and (out.data_ptr() % 8 or not out.is_contiguous()):
         return None
@@ -99,7 +99,7 @@ def tiling_for(num_outputs: int, num_inputs: int) -> Tiling:
         fewest = _MIN_OUTPUTS * num_blocks  # outputs of that many thread blocks
         splits = next((n for n in (1, 2) if num_outputs * n >= 0.94 * fewest), 4)
     if splits == 4:
-        num_blocks = int(_CLUSTERS_OF_FOUR * num_blocks) * splits
+        num_blocks = max(int(_CLUSTERS_OF_FOUR * num_blocks), 1) * splits
     rounds = -(-num_outputs * splits // (_MAX_OUTPUTS * num_blocks))
     outputs = -(-num_outputs * splits // (rounds * num_blocks))
     most = _MIN_OUTPUTS if splits == 1 else 8

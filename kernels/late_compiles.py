@@ -17,7 +17,7 @@ log = logging.getLogger("compiledllm")
 
 num_kernels = 0  # number of kernels that Triton or NVRTC compiled late, in this process
 _num_starting = 0  # number of engines of this process that are starting
-_has_started = False  # whether this process has started an engine
+_has_started = False  # whether an engine of this process has started, or has failed to
 
 
 class LateCompile(RuntimeError):

@@ -2,9 +2,9 @@
 
 One kernel stores keys and values. Two kernels read the cache. `decode_attention_triton` computes
 rows with one new token, and all rows of a step whose rows are known to have at most `MAX_TOGETHER`
-tokens. `prefill_attention_triton`, or on Hopper `prefill_attention_cuda`, computes the other rows.
-Grids follow from shapes alone and the host reads nothing back, so a captured call serves rows of
-any length.
+tokens. `prefill_attention_triton` computes the other rows. On Hopper, decode steps of few rows go
+to `decode_attention_cuda`, and the other rows to `prefill_attention_cuda`. Grids follow from shapes
+alone and the host reads nothing back, so a captured call serves rows of any length.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.

@@ -1,10 +1,10 @@
 """Expert MLPs with quantised matrices on a GPU.
 
 An item is a pair of a token and one of its experts, as in `moe_triton`. Products have blocks of
-items of one expert. Where codes lie in records and the GPU can run `warpgroup_linear_cuda`, that
-module multiplies, if experts have two items or more on average. Otherwise `quantized_cuda`
-multiplies up to 32 items per expert on average, and for more items all experts are dequantised to
-16 bits and `moe_triton` multiplies.
+items of one expert. On Hopper, `warpgroup_linear_cuda` multiplies if experts have two items or more
+on average, or eight if their codes have 8 bits. Otherwise `quantized_cuda` multiplies up to 32
+items per expert on average, and for more items all experts are dequantised to 16 bits and
+`moe_triton` multiplies.
 """
 
 from __future__ import annotations

@@ -22,25 +22,33 @@ struct Splits {
     int rounds;
     int first[ROWS], length[ROWS];
 
-    __device__ __forceinline__ int count(int row) const {
+    __device__ __forceinline__ int count(int row, int rounds) const {
+        if (length[row] < 0) return 0;  // there is no such row
         const int all = (length[row] - first[row] / ROUND * ROUND + ROUND - 1) / ROUND;
         return max(1, (all + rounds - 1) / rounds);
     }
-    __device__ __forceinline__ int total() const {
+    __device__ __forceinline__ int total(int rounds) const {
         int found = 0;
 #pragma unroll
-        for (int row = 0; row < ROWS; ++row) found += count(row);
+        for (int row = 0; row < ROWS; ++row) found += count(row, rounds);
         return found * NUM_KV_HEADS;
     }
     __device__ __forceinline__ Splits(const int* seq_lens, int num_rows, int window) {
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            length[row] = row < num_rows ? seq_lens[row] : 0;
+            length[row] = row < num_rows ? seq_lens[row] : -1;
             first[row] = HAS_WINDOWS && window ? max(0, length[row] - window) : 0;
         }
-        rounds = 1;
-        rounds = max(1, total() / MOST_UNITS);
-        while (total() > MOST_UNITS) ++rounds;
+        rounds = max(1, total(1) / MOST_UNITS);
+        if (total(rounds) <= MOST_UNITS) return;
+        int step = 1;  // `rounds` are too few; rounds + step will be enough
+        for (; total(rounds + step) > MOST_UNITS; step *= 2) rounds += step;
+        while (step > 1) {
+            const int half = step / 2;
+            if (total(rounds + half) > MOST_UNITS) rounds += half, step -= half;
+            else step = half;
+        }
+        ++rounds;
     }
     // Returns false if there are no more units.
     __device__ __forceinline__ bool find(Span& unit, int index, int num_rows) const {
@@ -49,7 +57,7 @@ struct Splits {
         unit.row = -1;
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const int splits = count(row), split = index / NUM_KV_HEADS - before;
+            const int splits = count(row, rounds), split = index / NUM_KV_HEADS - before;
             if (row < num_rows && split >= 0 && split < splits) {
                 unit.row = row, unit.split = split, unit.num_splits = splits, unit.length = length[row];
                 const int start = first[row] / ROUND * ROUND + split * rounds * ROUND;

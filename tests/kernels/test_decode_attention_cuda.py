@@ -13,7 +13,7 @@ from compiledllm.kernels.backend import ScoreOptions
 from tests.kernels.test_prefill_attention_cuda import STALE, make_step
 from tests.support.cuda_on_cpu import CpuKernel
 
-NUM_BLOCKS = 24
+NUM_BLOCKS = 64
 
 
 @pytest.fixture(autouse=True)
