@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiledllm.kernels import compile_ahead, counters
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
-from compiledllm.kernels.cuda_kernel import CudaKernel, kernel_unless_broken
+from compiledllm.kernels.cuda_kernel import CudaKernel, begins_at_16_bytes, kernel_unless_broken
 from compiledllm.kernels.launch import is_hopper, launch_options, num_multiprocessors
 
 _ROW_COUNTS = (1, 2, 4, 8, 16)  # of the variants of the kernel
@@ -33,8 +33,7 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
         return None
     if 2 * _max_rows(num_rows) * num_kv_heads > num_multiprocessors():
         return None
-    # The kernel reads 16 bytes at a time, which must be aligned.
-    if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):
+    if not begins_at_16_bytes(query, kv_cache):
         return None
     return _kernel(
         query.dtype, _max_rows(num_rows), num_multiprocessors(), head_dim, num_heads, num_kv_heads,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import compile_ahead
-from compiledllm.kernels.cuda_kernel import CudaKernel, kernel_unless_broken
+from compiledllm.kernels.cuda_kernel import CudaKernel, begins_at_16_bytes, kernel_unless_broken
 from compiledllm.kernels.launch import is_hopper, launch_options, num_multiprocessors
 from compiledllm.kernels.tensor_map import TensorMap, encoded
 
@@ -73,17 +73,14 @@ def kernel_for(
     num_rows, (num_outputs, num_inputs) = x.shape[0], weight.shape
     if not (x.is_cuda and x.dtype.itemsize == 2 and serves(num_rows, num_outputs, num_inputs)):
         return None
-    if weight.dtype != x.dtype or not (_is_aligned(x) and _is_aligned(weight)):
+    if weight.dtype != x.dtype or not begins_at_16_bytes(x, weight):
+        return None
+    if not x.stride(1) == weight.stride(1) == 1:
         return None
     if out is not None and (out.data_ptr() % 8 or not out.is_contiguous()):
         return None
     t = tiling_for(num_outputs, num_inputs)
     return _kernel(x.dtype, _tokens(num_rows), bias is not None, t, compile_ahead.is_asking())
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    """Whether each row can be copied."""
-    return matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
 
 
 @functools.cache

@@ -42,14 +42,11 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @define("linear", fake=_linear_fake)
 def _linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if kernel := dense_linear_cuda.kernel_for(x, weight, bias):
-        return dense_linear_cuda.product(kernel, x, weight, bias, _linear_fake(x, weight, bias))
-    if not _is_skinny(x, weight):
-        with _best_library(x):
-            return F.linear(x, weight, bias)
-    from compiledllm.kernels.skinny_triton import skinny_linear
-
-    return skinny_linear(x, weight, bias)
+    own = _own_product(x, weight, bias, None)
+    if own is not None:
+        return own
+    with _best_library(x):
+        return F.linear(x, weight, bias)
 
 
 def linear(
@@ -68,14 +65,25 @@ def linear(
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if kernel := dense_linear_cuda.kernel_for(x, weight, None, out):
-        return dense_linear_cuda.product(kernel, x, weight, None, out)
-    if _is_skinny(x, weight) and out.is_contiguous():
-        from compiledllm.kernels.skinny_triton import skinny_linear
-
-        return skinny_linear(x, weight, None, out=out)
+    own = _own_product(x, weight, None, out)
+    if own is not None:
+        return own
     with _best_library(x):
         return torch.mm(x, weight.t(), out=out)
+
+
+def _own_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None
+) -> Tensor | None:
+    """The product by a kernel of our own, in `out` if given; None: the library is faster."""
+    if kernel := dense_linear_cuda.kernel_for(x, weight, bias, out):
+        result = _linear_fake(x, weight, bias) if out is None else out
+        return dense_linear_cuda.product(kernel, x, weight, bias, result)
+    if not _is_skinny(x, weight) or not (out is None or out.is_contiguous()):
+        return None
+    from compiledllm.kernels.skinny_triton import skinny_linear
+
+    return skinny_linear(x, weight, bias, out=out)
 
 
 def _best_library(x: Tensor) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compiledllm.kernels import compile_ahead, counters
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
-from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
+from compiledllm.kernels.cuda_kernel import CudaKernel, begins_at_16_bytes, compile_together
 from compiledllm.kernels.launch import is_hopper, launch_options
 from compiledllm.kernels.machine_code import CudaError
 from compiledllm.kernels.tensor_map import TensorMap, encoded
@@ -90,8 +90,7 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
         return None
     if options.in_chunks:
         return None
-    # The kernel reads 16 bytes at a time, which must be aligned.
-    if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):
+    if not begins_at_16_bytes(query, kv_cache):
         return None
     kernels = _kernels(
         query.dtype, head_dim, query.shape[1] // num_kv_heads, num_kv_heads, block_size,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compiledllm.kernels import warpgroup_linear_cuda
 from compiledllm.kernels.code_macros import options_of
-from compiledllm.kernels.cuda_kernel import CudaKernel
+from compiledllm.kernels.cuda_kernel import CudaKernel, begins_at_16_bytes
 from compiledllm.kernels.launch import launch_options, max_shared_memory
 from compiledllm.kernels.linear import linear
 from compiledllm.kernels.moe_routing_triton import Routing, arguments_of
@@ -242,7 +242,7 @@ def launch_product(
 
 def _aligned(x: Tensor) -> Tensor:
     """x with rows that begin at multiples of 16 bytes."""
-    is_aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    is_aligned = x.stride(1) == 1 and begins_at_16_bytes(x)
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 

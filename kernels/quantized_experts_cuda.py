@@ -50,8 +50,11 @@ class ExpertMatrix:
 
     @property
     def parts(self) -> Matrix:
-        parts = self.codes, self.scales, self.zeros, self.row_scales, self.bias
-        return Matrix(*parts, self.layout)
+        return Matrix(*self._tensors, self.layout)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        return self.codes, self.scales, self.zeros, self.row_scales, self.bias
 
     def times(
         self, x: Tensor, out: Tensor, routing: Routing, tiling: Tiling | None = None
@@ -60,9 +63,8 @@ class ExpertMatrix:
 
         tiling: of `cuda/linear.cu`; None: the one in the GPU's table, or else by the rule.
         """
-        parts = self.codes, self.scales, self.zeros, self.row_scales, self.bias
         t = tiling or tiling_for(self.layout, routing, self.num_outputs, x.shape[1])
-        return launch_product(x, *parts, self.layout, out, t, routing)
+        return launch_product(x, *self._tensors, self.layout, out, t, routing)
 
     def dequantized(self, num_inputs: int, dtype: torch.dtype) -> Tensor:
         """All matrices in a 16-bit dtype, [experts, N, num_inputs]."""

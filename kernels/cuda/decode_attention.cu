@@ -64,18 +64,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         const uint4* const from = (const uint4*)(query + unit.row * query_stride + unit.head * GROUP * HEAD_DIM);
         if (threadIdx.x < GROUP * HEAD_DIM / 8) queries[threadIdx.x] = from[threadIdx.x];
         meet();
-        Attention result = {};
-        result.best = LOWEST;
-        for (int first = 0; walk.has(first); first += 2) {
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int i = first + k, token = walk.token(i);
-                if (!walk.has(i)) break;
-                if (!is_stored(i)) clear_values(tiles[k], unit.length - 1 - token);
-                result.add(tiles[k], (const u16*)queries, token, unit, scale, soft_cap);
-                walk.load(tiles[k], i + 2);
-            }
-        }
+        auto clear = [](Tile& tile, int newest) { clear_values(tile, newest); };
+        const Attention result = attend_tiles(walk, unit, tiles, (const u16*)queries, scale, soft_cap, clear);
         auto write = [&](int head, int dim, Merged sum) {
             const int query_head = unit.head * GROUP + head;
             if (SINK_BYTES) sum.add_sink(sink_of(sinks, query_head));

@@ -115,19 +115,10 @@ __device__ __forceinline__ void attend_unit(
         prepare_head(launch, unit, HeadTables(launch, unit, layer, i), heads + i * HEAD_DIM, tag);
     meet();
     store_token(unit, cache, slot_of_token, heads);
-    Attention result = {};
-    result.best = LOWEST;
-    for (int first = 0; walk.has(first); first += 2) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const int i = first + k, token = walk.token(i);
-            if (!walk.has(i)) break;
-            if (token + TILE_KEYS >= unit.length)
-                tiles[k].correct(heads + GROUP * HEAD_DIM, heads + (GROUP + 1) * HEAD_DIM, unit.length - 1 - token);
-            result.add(tiles[k], heads, token, unit, launch.scale, launch.soft_cap);
-            walk.load(tiles[k], i + 2);
-        }
-    }
+    auto correct = [&](Tile& tile, int newest) {
+        tile.correct(heads + GROUP * HEAD_DIM, heads + (GROUP + 1) * HEAD_DIM, newest);
+    };
+    const Attention result = attend_tiles(walk, unit, tiles, heads, launch.scale, launch.soft_cap, correct);
     auto write = [&](int head, int dim, const Merged& sum) { write_context(launch, unit, layer, tag, head, dim, sum); };
     float* const of_warps = (float*)(scratch + HEADS_BYTES);
     merge_warps(unit, index, result, of_warps, launch.partial, launch.arrivals, small, write);

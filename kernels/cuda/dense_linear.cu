@@ -11,23 +11,17 @@
 // OVERLAP (programmatic dependent launch).
 
 #include "ptx.cuh"
+#include "numbers.cuh"
 #include "cluster.cuh"
 #include "tensor_copies.cuh"
 #include "wgmma.cuh"
+#include "cluster_sums.cuh"
 
 constexpr int WARPS = 8;                   // that multiply: two warpgroups
 constexpr int THREADS = 32 * (WARPS + 2);
 constexpr int INPUTS = 64, ROW = 2 * INPUTS;  // of a stage; bytes of its rows
 constexpr int X_BYTES = TOKENS * ROW;
 constexpr int MOST_OUTPUTS = 128, PITCH = MOST_OUTPUTS + 4;  // numbers between the sums of two rows
-
-__device__ __forceinline__ float to_float(u16 v) {
-#if BF16
-    return __uint_as_float((u32)v << 16);
-#else
-    return half_to_float(v);
-#endif
-}
 
 struct Ring {
     u8* slots;  // [num_slots, slot_bytes]: x, then w
@@ -80,17 +74,6 @@ __device__ __forceinline__ void multiply_stages(Ring ring, int num_stages) {
         sums[token * PITCH + 16 * warp + lane / 4 + i / 2 % 2 * 8] = total[i];
     }
     meet_at(1, 32 * WARPS);
-}
-
-// Four sums, added over the blocks of the cluster in a fixed order.
-__device__ __forceinline__ float4 sums_of_cluster(const float* sums, int splits) {
-    if (splits == 1) return *(const float4*)sums;
-    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int rank = 0; rank < splits; ++rank) {
-        const float4 part = load_of_rank(rank, address(sums));
-        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
-    }
-    return total;
 }
 
 // weights: map of w [num_outputs, num_inputs] with boxes of `tile_outputs` rows, a multiple of 8. inputs: map of x

@@ -200,6 +200,27 @@ struct Attention {  // a warp's result
     }
 };
 
+// A warp's attention over its tiles of a unit, of which the first two are loaded. queries: of the unit's heads, in shared
+// memory. finish(tile, newest): corrects the tile that has the row's newest token, or tokens behind it.
+template <class FINISH>
+__device__ __forceinline__ Attention attend_tiles(
+    Walk& walk, const Span& unit, Tile (&tiles)[2], const u16* queries, float scale, float soft_cap,
+    const FINISH& finish) {
+    Attention result = {};
+    result.best = LOWEST;
+    for (int first = 0; walk.has(first); first += 2) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int i = first + k, token = walk.token(i);
+            if (!walk.has(i)) break;
+            if (token + TILE_KEYS >= unit.length) finish(tiles[k], unit.length - 1 - token);
+            result.add(tiles[k], queries, token, unit, scale, soft_cap);
+            walk.load(tiles[k], i + 2);
+        }
+    }
+    return result;
+}
+
 // Two dims of a head, of some parts that are added in their order: a part's share is 2^(best - the best of all).
 struct Merged {
     float best, total, low, high;

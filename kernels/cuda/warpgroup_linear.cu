@@ -23,6 +23,7 @@
 #include "cluster.cuh"
 #include "tensor_copies.cuh"
 #include "wgmma.cuh"
+#include "cluster_sums.cuh"
 #include "codes.cuh"
 #define TOKEN_TILES (TOKENS / 8)
 #include "units.cuh"
@@ -238,17 +239,6 @@ __device__ __forceinline__ void multiply_columns(
     if constexpr (COLUMNS > STEP)
         if (columns < COLUMNS) return multiply_columns<COLUMNS - STEP>(memory, matrix, tile_block, stages, columns);
     multiply_stages<COLUMNS>(memory, matrix, tile_block, stages);
-}
-
-// Four sums, added over the blocks of the cluster in a fixed order.
-__device__ __forceinline__ float4 sums_of_cluster(const float* sums, int splits) {
-    if (splits == 1) return *(const float4*)sums;
-    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int rank = 0; rank < splits; ++rank) {
-        const float4 part = load_of_rank(rank, address(sums));
-        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
-    }
-    return total;
 }
 
 // x [blocks of rows, num_units, TOKENS / 8, 2, 8, 64], each part of 64 inputs with the 128-byte swizzle. codes:
