@@ -52,12 +52,11 @@ constexpr float E4M3_POWER = IS_NVFP4 && BF16 ? 1.7014118346046923e38f : 1.32922
 __device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u32& second) {
     if constexpr (CODE == FP8) {
         // Sign, four exponent and three mantissa bits move to their places in a 16-bit float, whose
-        // exponent's bias is larger by 120 or 8.
-        constexpr int SHIFT = BF16 ? 4 : 1;
-        constexpr u32 MASK = BF16 ? 0x07F007F0u : 0x3F803F80u;
-        u32 a = __byte_perm(codes, 0, 0x1404), b = __byte_perm(codes, 0, 0x3424);
-        first = (a & 0x80008000u) | ((a >> SHIFT) & MASK);
-        second = (b & 0x80008000u) | ((b >> SHIFT) & MASK);
+        // exponent's bias is larger by 120 or 8. The byte before a code is full of the code's sign.
+        constexpr int SHIFT = BF16 ? 4 : 7;
+        constexpr u32 MASK = BF16 ? 0x87F087F0u : 0xBF80BF80u;
+        first = (bytes_and_signs(codes, 0x9180) << SHIFT) & MASK;
+        second = (bytes_and_signs(codes, 0xB3A2) << SHIFT) & MASK;
     } else {
         u32 v = codes ^ 0x80808080u;  // code + 128
 #if BF16
