@@ -146,11 +146,11 @@ def kernel_unless_broken(
 
 
 def begins_at_16_bytes(*tensors: Tensor) -> bool:
-    """Whether each row (of the first dimension) of these tensors in 16 bits does.
+    """Whether each row (of the first dimension) of these tensors does.
 
     Kernels that load or copy 16 bytes at a time need it.
     """
-    return all(x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in tensors)
+    return all(x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def compile_together(source: str, options: Sequence[Mapping[str, int]]) -> None:

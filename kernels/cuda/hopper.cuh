@@ -118,6 +118,17 @@ __device__ __forceinline__ float unpack(u16 bits) {
     return x;
 #endif
 }
+// Four FP8 (e4m3) codes -> two pairs of 16-bit floats, exact. A NaN stays NaN.
+__device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+        : "=r"(first), "=r"(second) : "r"(codes));
+#if BF16
+    float x[4];
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x[0]), "=f"(x[1]) : "r"(first));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x[2]), "=f"(x[3]) : "r"(second));
+    first = pack(x[0], x[1]), second = pack(x[2], x[3]);
+#endif
+}
 __device__ __forceinline__ float exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
@@ -131,7 +142,7 @@ __device__ __forceinline__ void compute_now(float x, u32 anywhere) {
     if (x < 0.f) asm volatile("st.shared.b32 [%0], %1;" ::"r"(anywhere), "f"(x) : "memory");
 }
 
-// sum += a * b. sum: 64 rows of 64, 128 or 176 columns. Thread t holds parts of two rows: t / 32 * 16 +
+// sum += a * b. sum: 64 rows of 64, 128, 160 or 176 columns. Thread t holds parts of two rows: t / 32 * 16 +
 // t % 32 / 4 (half 0), and the row 8 further (half 1). sum[4 * j + 2 * half + {0, 1}] has the columns 8 * j +
 // 2 * (t % 4) + {0, 1}.
 // With a and b in shared memory, 16 columns each: sum[i, j] += a[i, :] * b[j, :]; without `add`, sum = a * b.
@@ -158,6 +169,13 @@ __device__ __forceinline__ void multiply(float (&sum)[64], u64 a, u64 b, int add
         "%64, %65, p, 1, 1, 0, 0;}"
         : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
           SUMS8(sum, 48), SUMS8(sum, 56)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void multiply(float (&sum)[80], u64 a, u64 b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %82, 0;"
+        "wgmma.mma_async.sync.aligned.m64n160k16.f32." TYPES "." TYPES " {" TO_80 "}, %80, %81, p, 1, 1, 0, 0;}"
+        : SUMS32(sum, 0), SUMS32(sum, 32), SUMS16(sum, 64)
         : "l"(a), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void multiply(float (&sum)[88], u64 a, u64 b, int add) {

@@ -12,20 +12,23 @@
 // Pages outside the context or before the window are not read: the copy is given a page number outside the
 // cache, for which TMA writes zeros.
 //
+// Of an FP8 cache, the copying warp reads codes, which further warps convert to 16 bits (fp8_chunks.cuh); the rest
+// of the kernel is the same. The scale of the keys multiplies the scores, and that of the values the results.
+//
 // Where few queries have a long context, blocks of a cluster share its keys and merge their sums. The number
 // of blocks that share keys follows from the lengths on the device, so that a captured launch serves all
 // lengths.
 //
-// Defined by the compiler's options: BF16 (query, cache and out are bfloat16, otherwise float16), HEAD_DIM
-// (a multiple of 8, up to 256; zeros fill the last part of 64 columns), GROUP, NUM_KV_HEADS, BLOCK_SIZE
-// (tokens of a page, a multiple of 8), KEYS (KV tokens of a tile, a multiple of BLOCK_SIZE and of 16),
-// STAGES (tiles of keys and of values in shared memory, at least 2), QUERY_STAGES (programs whose queries
-// are in shared memory), HAS_WINDOW, HAS_SOFT_CAP, SINK_BYTES (2 or 4; 0: no sinks), OVERLAP (programmatic
-// dependent launch).
+// Defined by the compiler's options: BF16 (query, out and a cache of 16 bits are bfloat16, otherwise float16),
+// HEAD_DIM (a multiple of 8, of 16 for an FP8 cache, up to 256; zeros fill the last part of 64 columns), GROUP,
+// NUM_KV_HEADS, BLOCK_SIZE (tokens of a page, a multiple of 8), KEYS (KV tokens of a tile, a multiple of BLOCK_SIZE
+// and of 16), STAGES (tiles of keys and of values in shared memory, at least 2), QUERY_STAGES (programs whose
+// queries are in shared memory), CHUNK and CHUNKS (see fp8_chunks.cuh; both 0 for a cache of 16 bits), HAS_WINDOW,
+// HAS_SOFT_CAP, SINK_BYTES (2 or 4; 0: no sinks), OVERLAP (programmatic dependent launch).
 
 #include "hopper.cuh"
 
-constexpr int ROWS = 128, TOKENS = ROWS / GROUP, PAGES = KEYS / BLOCK_SIZE, NUM_HEADS = NUM_KV_HEADS * GROUP;
+constexpr int ROWS = 128, TOKENS = ROWS / GROUP, NUM_HEADS = NUM_KV_HEADS * GROUP;
 // Shared memory holds matrices in parts of 64 columns (see `matrix`).
 constexpr int PARTS = (HEAD_DIM + 63) / 64, COLUMNS = 64 * PARTS;
 constexpr int PART_BYTES = KEYS * 128, TILE_BYTES = PARTS * PART_BYTES;
@@ -36,6 +39,15 @@ constexpr int OUT_COLUMNS = COLUMNS % 128 ? 64 : 128, OUT_PARTS = COLUMNS / OUT_
 constexpr int CONSUMING_WARPS = 8;
 constexpr int MIN_TILES = 4;  // least number of tiles for a block that shares a context
 constexpr float LOG2_E = 1.4426950408889634f;
+
+#if CHUNKS
+#include "fp8_chunks.cuh"
+constexpr int COPIED_TOKENS = BOX_TOKENS, RING_BYTES = Ring::BYTES, FULL_ARRIVALS = KEYS / CHUNK;
+#else
+constexpr int COPIED_TOKENS = BLOCK_SIZE, RING_BYTES = 0, FULL_ARRIVALS = 1;
+#endif
+// A copy reads COPIED_TOKENS tokens. FULL_ARRIVALS: at a barrier that says that a tile is full.
+constexpr int COPIES = KEYS / COPIED_TOKENS;
 
 struct Work {  // a program, as one block computes it
     int row, start, count;       // of the request: batch row, its first token in the step, number of tokens
@@ -227,11 +239,11 @@ struct Place {
 constexpr int WORKS = 4 * STAGES, QUERIES = WORKS + 4, BARRIERS = QUERIES + 2 * QUERY_STAGES;
 
 struct Shared {  // addresses in shared memory
-    u32 queries, tiles, barriers, works;
+    u32 queries, tiles, ring, barriers, works;
 
     __device__ __forceinline__ explicit Shared(u32 at)
-        : queries(at), tiles(at + QUERY_STAGES * QUERY_BYTES), barriers(tiles + 2 * STAGES * TILE_BYTES),
-          works(barriers + 8 * BARRIERS) {}
+        : queries(at), tiles(at + QUERY_STAGES * QUERY_BYTES), ring(tiles + 2 * STAGES * TILE_BYTES),
+          barriers(ring + RING_BYTES), works(barriers + 8 * BARRIERS) {}
     __device__ __forceinline__ u32 tile(int slot, int kind) const { return tiles + (2 * slot + kind) * TILE_BYTES; }
     __device__ __forceinline__ u32 full(int slot, int kind) const { return barriers + 8 * (4 * slot + kind); }
     __device__ __forceinline__ u32 empty(int slot, int kind) const { return full(slot, kind) + 16; }
@@ -243,10 +255,13 @@ struct Shared {  // addresses in shared memory
     __device__ __forceinline__ u32 queries_empty(int turn) const { return queries_full(turn) + 8 * QUERY_STAGES; }
 
     __device__ __forceinline__ void init_barriers() const {
-        for (int i = 0; i < 4 * STAGES; ++i) init(barriers + 8 * i, i % 4 < 2 ? 1 : CONSUMING_WARPS);
+        for (int i = 0; i < 4 * STAGES; ++i) init(barriers + 8 * i, i % 4 < 2 ? FULL_ARRIVALS : CONSUMING_WARPS);
         for (int turn = 0; turn < 2; ++turn) init(work_full(turn), 1), init(work_empty(turn), 32 * CONSUMING_WARPS);
         for (int turn = 0; turn < QUERY_STAGES; ++turn)
             init(queries_full(turn), 1), init(queries_empty(turn), CONSUMING_WARPS);
+#if CHUNKS
+        Ring(ring).init_barriers();
+#endif
     }
 };
 
@@ -272,24 +287,30 @@ __device__ __forceinline__ void copy_queries(const TensorMap* map, const Work& w
 
 __device__ __forceinline__ void produce(
     const TensorMap* cache, const TensorMap* query, const Work& work, const int* table, int num_blocks, int turn,
-    const Shared& shared, Place& place) {
+    const Shared& shared, Place& place, u32& chunk) {
     const int lane = threadIdx.x;
-    // The page that this lane copies; a page number outside the cache if no query sees the page's tokens.
+    // The page from which this lane copies; a page number outside the cache if no query sees the copied tokens.
     auto page_of = [&](int tile) {
-        const int token = tile * KEYS + lane * BLOCK_SIZE;
-        const bool seen = lane < PAGES && token < work.end && token + BLOCK_SIZE > work.first_key;
+        const int token = tile * KEYS + lane * COPIED_TOKENS;
+        const bool seen = lane < COPIES && token < work.end && token + COPIED_TOKENS > work.first_key;
         return seen ? table[token / BLOCK_SIZE] : num_blocks;
     };
     auto copy = [&](Place at, int page, int kind) {
         const u32 full = shared.full(at.slot, kind), to = shared.tile(at.slot, kind);
+#if CHUNKS
+        const Target tile = {to, full, shared.empty(at.slot, kind), (at.round & 1) ^ 1u};
+        const int token = lane * COPIED_TOKENS % BLOCK_SIZE;
+        copy_chunks(Ring(shared.ring), cache, tile, work.kv_head, page, token, kind, chunk);
+#else
         wait(shared.empty(at.slot, kind), (at.round & 1) ^ 1);
         if (lane == 0) expect(full, TILE_BYTES);
         __syncwarp();
-        if (lane < PAGES)
+        if (lane < COPIES)
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
                 copy_box(to + part * PART_BYTES + lane * BLOCK_SIZE * 128, cache, full,
                          64 * part, 0, work.kv_head, page, kind);
+#endif
     };
     int page = page_of(work.last_tile);
     copy(place, page, 0);
@@ -414,11 +435,14 @@ __device__ __forceinline__ void write(
 }
 
 __device__ __forceinline__ void consume(
-    const Work& work, const void* sinks, u16* out, float scale, int window, float soft_cap, int turn, const Shared& shared,
-    Place& place) {
+    const Work& work, const void* sinks, u16* out, float scale, int window, float soft_cap, const float* kv_scales,
+    int turn, const Shared& shared, Place& place) {
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const int first_row = 64 * group + 16 * warp + lane / 4;
     Softmax softmax;
+#if CHUNKS
+    if (kv_scales) scale *= kv_scales[0];
+#endif
     softmax.to_base_2 = (HAS_SOFT_CAP ? soft_cap : scale) * LOG2_E;
     softmax.cap_rate = HAS_SOFT_CAP ? scale * 2 * LOG2_E / soft_cap : 0.f;
 #pragma unroll
@@ -499,6 +523,9 @@ __device__ __forceinline__ void consume(
                 for (int i = 0; i < OUT_COLUMNS / 2; ++i) sums[part][i] *= decay[i / 2 % 2];
         slot = next_slot, round = next_round;
     }
+#if CHUNKS
+    const float value_scale = kv_scales ? kv_scales[1] : 1.f;
+#endif
     wait(shared.full(slot, 1), round & 1);
     begin_products();
     multiply_values(sums, weights, shared.tile(slot, 1));
@@ -510,7 +537,12 @@ __device__ __forceinline__ void consume(
     place = Place{slot, round}.next();
 
 #pragma unroll
-    for (int half = 0; half < 2; ++half) softmax.total[half] = over_quad(softmax.total[half], false);
+    for (int half = 0; half < 2; ++half) {
+        softmax.total[half] = over_quad(softmax.total[half], false);
+#if CHUNKS
+        softmax.total[half] /= value_scale;  // so that division by the total multiplies by the scale
+#endif
+    }
     if (work.parts > 1) return merge(work, sums, softmax, out, first_row, queries, shared.tiles);
     write(work, sums, softmax.total, out, first_row, queries);
     arrive_of_warp(shared.queries_empty(turn));
@@ -519,7 +551,7 @@ __device__ __forceinline__ void consume(
 extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
     const __grid_constant__ TensorMap cache, const __grid_constant__ TensorMap query, const int* block_tables,
     const int* seq_lens, const int* query_start_loc, const void* sinks, u16* out, int* counter, float scale, int window,
-    float soft_cap, i64 table_stride, int num_blocks, int num_rows) {
+    float soft_cap, i64 table_stride, int num_blocks, int num_rows, const float* kv_scales) {
 #if OVERLAP
     release_next_kernel();
 #endif
@@ -536,27 +568,35 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
     Work work;
     Place place;
     if (threadIdx.x < 128) {
-        shrink_registers<40>();
+        shrink_registers<CHUNKS ? 56 : 40>();
+#if CHUNKS
+        if (threadIdx.x >= 32) return convert_chunks(Ring(shared.ring), threadIdx.x / 32 - 1);
+#else
         if (threadIdx.x >= 32) return;
+#endif
+        u32 chunk = 0;  // number of chunks of an FP8 cache copied so far
         const Programs programs = count_programs(query_start_loc, num_rows);
         int turn = 0;
         for (int program = programs.first(); program < programs.count(); program = programs.next(counter)) {
             if (!find_work(work, program, programs, query_start_loc, seq_lens, num_rows, window)) continue;
             announce(work, turn, shared);
             const int* table = block_tables + work.row * table_stride;
-            produce(&cache, &query, work, table, num_blocks, turn, shared, place);
+            produce(&cache, &query, work, table, num_blocks, turn, shared, place, chunk);
             ++turn;
         }
         work.parts = 0;
         announce(work, turn, shared);
+#if CHUNKS
+        end_chunks(Ring(shared.ring), chunk);
+#endif
     } else {
-        grow_registers<232>();
+        grow_registers<CHUNKS ? 224 : 232>();
         for (int turn = 0;; ++turn) {
             wait(shared.work_full(turn), turn / 2 & 1);
             load_words(work, shared.work(turn));
             arrive(shared.work_empty(turn));  // every thread arrives, as racecheck requires
             if (work.parts == 0) break;
-            consume(work, sinks, out, scale, window, soft_cap, turn, shared, place);
+            consume(work, sinks, out, scale, window, soft_cap, kv_scales, turn, shared, place);
         }
     }
 }

@@ -176,22 +176,24 @@ inline int __popc(u32 x) { return __builtin_popcount(x); }
 
 inline u32 swizzled(u32 a) { return a ^ (a >> 7 & 7) << 4; }
 
-struct alignas(64) TensorMap { u64 words[16]; };  // address, 5 sizes, 4 strides in bytes, 3 sizes of a box
+// Address, 5 sizes, 4 strides in bytes, 3 sizes of a box, whose rows have 128 bytes.
+struct alignas(64) TensorMap { u64 words[16]; };
 
 inline void copy_box(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4) {
     const u64* w = map->words;
     const int rank = rank_in_cluster();
     copies.push_back([=] {
+        const u64 size = 128 / w[10];  // bytes of an element
         for (u64 row = 0; row < w[11] * w[12]; ++row)
-            for (u64 column = 0; column < w[10]; ++column) {
-                const u64 at[5] = {x0 + column, x1 + row % w[11], x2 + row / w[11], u64(x3), u64(x4)};
+            for (u64 byte = 0; byte < 128; ++byte) {
+                const u64 at[5] = {x0 + byte / size, x1 + row % w[11], x2 + row / w[11], u64(x3), u64(x4)};
                 bool inside = true;
-                u64 offset = at[0] * 2;
+                u64 offset = x0 * size + byte;
                 for (int i = 0; i < 5; ++i) inside = inside && at[i] < w[1 + i], offset += i ? at[i] * w[5 + i] : 0;
-                *(u16*)at_address(swizzled(to + row * 128 + column * 2), rank) = inside ? *(const u16*)(w[0] + offset) : 0;
+                *at_address(swizzled(to + row * 128 + byte), rank) = inside ? *(const u8*)(w[0] + offset) : 0;
             }
         Barrier& b = barrier_at(barrier, rank);
-        b.bytes -= w[10] * w[11] * w[12] * 2;
+        b.bytes -= w[11] * w[12] * 128;
         end_phase(b);
     });
 }
@@ -239,6 +241,15 @@ inline u16 narrow(float x) {
     return bits;
 }
 inline u32 pack(float low, float high) { return narrow(low) | u32(narrow(high)) << 16; }
+inline float value_of_code(u32 code) {
+    const int exponent = code >> 3 & 15, digits = code & 7;
+    const float size = (code & 127) == 127 ? NAN : std::ldexp(exponent ? 8 + digits : digits, max(exponent, 1) - 10);
+    return code & 128 ? -size : size;
+}
+inline void widen(u32 codes, u32& first, u32& second) {
+    first = pack(value_of_code(codes), value_of_code(codes >> 8));
+    second = pack(value_of_code(codes >> 16), value_of_code(codes >> 24));
+}
 
 inline void begin_products() {}
 inline void commit_products() {}

@@ -131,14 +131,21 @@ def without_stale_pages(step: Step, window: int) -> AttentionMetadata:
     return attn._replace(block_tables=tables)
 
 
-def assert_equals_oracle(step: Step, options: ScoreOptions) -> None:
-    """Rows of one token must stay as they are, since the decode kernel computes them."""
+def attend(step: Step, options: ScoreOptions) -> Tensor:
+    """The kernel's results; 7 for rows of one token."""
     query, kv_cache, attn = step
     out = torch.full_like(query, 7.0)
     seen = without_stale_pages(step, options.sliding_window) if options.sliding_window else attn
     kernel = prefill_attention_cuda.kernel_for(query, kv_cache, options)
     assert kernel is not None
     prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, seen, options, out)
+    return out
+
+
+def assert_equals_oracle(step: Step, options: ScoreOptions) -> None:
+    """Rows of one token must stay as they are, since the decode kernel computes them."""
+    query, kv_cache, attn = step
+    out = attend(step, options)
     wide = kv_cache.float().nan_to_num(0.0)
     there = attn._replace(block_tables=attn.block_tables.where(attn.block_tables < STALE, 0))
     sinks = None if options.sinks is None else options.sinks.float()
@@ -173,11 +180,48 @@ def test_values(
     assert_equals_oracle(make_step(ROWS, heads, head_dim, block_size, dtype), options)
 
 
+FP8_SCALES = torch.tensor([0.3, 1.7])
+
+
+def with_fp8_cache(step: Step) -> Step:
+    query, kv_cache, attn = step
+    return query, kv_cache.to(FP8), attn
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size", "dtype", "options"),
+    [
+        ((8, 2), 128, 16, torch.bfloat16, ScoreOptions(0.09)),
+        ((4, 2), 80, 64, torch.float16, ScoreOptions(0.1, sliding_window=33)),
+        ((7, 1), 64, 8, torch.bfloat16, ScoreOptions(0.2, soft_cap=5.0, sinks=torch.randn(7))),
+        ((3, 3), 256, 64, torch.bfloat16, ScoreOptions(0.06, sliding_window=100)),
+    ],
+)
+def test_an_fp8_cache_equals_the_dequantised_cache_to_the_bit(
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    options: ScoreOptions,
+) -> None:
+    query, kv_cache, attn = with_fp8_cache(make_step(ROWS, heads, head_dim, block_size, dtype))
+    page = int(attn.block_tables[-1, 0])  # of the last row, before all windows
+    kv_cache[1, page, 3, 0, 5] = float("nan")
+    scales = torch.tensor([0.25, 2.0])  # powers of two change no product's digits
+    wide = (kv_cache.float() * scales.view(2, 1, 1, 1, 1)).to(dtype)
+    expected = attend((query, wide, attn), options)
+    found = attend((query, kv_cache, attn), options._replace(kv_scales=scales))
+    assert torch.equal(found.nan_to_num(9.0), expected.nan_to_num(9.0))
+    assert found.isnan().any() == (not options.sliding_window)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_tiles_for_long_steps(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_attention_cuda, "_long_step", lambda _: 0)
     step = make_step([(40, 500), (1, 50), (30, 30)], (4, 2), head_dim, 16, torch.float16)
-    assert_equals_oracle(step, ScoreOptions(0.09, sliding_window=200))
+    options = ScoreOptions(0.09, sliding_window=200)
+    assert_equals_oracle(step, options)
+    assert_equals_oracle(with_fp8_cache(step), options._replace(kv_scales=FP8_SCALES))
 
 
 SHARED = [
@@ -197,8 +241,9 @@ def test_blocks_that_share_a_context(
     rows: list[tuple[int, int]], multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EmulatedKernel, "multiprocessors", multiprocessors)
-    step = make_step(rows, (4, 1), 64, 16, torch.bfloat16)
-    assert_equals_oracle(step, ScoreOptions(0.2, sinks=torch.randn(4)))
+    step, options = make_step(rows, (4, 1), 64, 16, torch.bfloat16), ScoreOptions(0.2)
+    assert_equals_oracle(step, options._replace(sinks=torch.randn(4)))
+    assert_equals_oracle(with_fp8_cache(step), options._replace(kv_scales=FP8_SCALES))
 
 
 def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +284,11 @@ def test_blocks_that_compute_several_pieces(
     """Rows with partial pieces: more pieces than blocks, alone and in clusters."""
     monkeypatch.setattr(EmulatedKernel, "multiprocessors", multiprocessors)
     rows = [(33, 33), (3, 300), (2, 2), (1, 70), (34, 450), (2, 140), (5, 131)]
-    for options in (ScoreOptions(0.2), ScoreOptions(0.2, sliding_window=150)):
+    windows, scaled = ScoreOptions(0.2, sliding_window=150), ScoreOptions(0.2, kv_scales=FP8_SCALES)
+    for options in (ScoreOptions(0.2), windows, scaled):
         step = make_step(rows, (8, 2), 64, 16, torch.bfloat16)
+        if options.kv_scales is not None:
+            step = with_fp8_cache(step)
         for _ in range(2):  # a launch leaves the counter of programs as the next one needs it
             assert_equals_oracle(step, options)
             assert counters.of_cache(step[1]).item() == 0
@@ -270,7 +318,10 @@ def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_for = prefill_attention_cuda.kernel_for
     query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
     assert kernel_for(query, kv_cache, ScoreOptions(0.1)) is not None
-    assert kernel_for(query, kv_cache.to(FP8), ScoreOptions(0.1)) is None
+    assert kernel_for(query, kv_cache.half(), ScoreOptions(0.1)) is None
+    narrow = torch.zeros(2, 3, 16, 2, 72, dtype=query.dtype)
+    assert kernel_for(query, narrow, ScoreOptions(0.1)) is not None
+    assert kernel_for(query, narrow.to(FP8), ScoreOptions(0.1)) is None
     assert kernel_for(query.float(), kv_cache.float(), ScoreOptions(0.1)) is None
     narrow = torch.zeros(2, 3, 16, 2, 60, dtype=query.dtype)
     assert kernel_for(query[..., :60], narrow, ScoreOptions(0.1)) is None
