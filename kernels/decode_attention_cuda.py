@@ -1,4 +1,4 @@
-"""Launches `cuda/decode_attention.cu`: few rows with one new token each, on Hopper GPUs."""
+"""Launches `cuda/decode_attention.cu`: rows with one new token each, on Hopper GPUs."""
 
 from __future__ import annotations
 
@@ -9,55 +9,65 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import compile_ahead, counters
-from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
+from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions
 from compiledllm.kernels.cuda_kernel import CudaKernel, begins_at_16_bytes, kernel_unless_broken
 from compiledllm.kernels.launch import is_hopper, launch_options, num_multiprocessors
 
-_ROW_COUNTS = (1, 2, 4, 8, 16)  # of the variants of the kernel
-_WARPS = 8
+_MAX_ROWS = 1024
+_FEW_ROWS = 16
 
 
-def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKernel | None:
-    """The kernel for a decode step of these queries, [rows, heads, head_dim]; None: there is none.
-
-    The rows' KV heads are at most half as many as the multiprocessors, which leaves room for splits
-    of long rows among short ones.
-    """
+def kernel_for(
+    query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
+) -> CudaKernel | None:
+    """The kernel for the step's rows of one new token, which skips others; None: there is none."""
     block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
-    num_rows, num_heads, _ = query.shape
-    if not is_hopper() or query.dtype != kv_cache.dtype or query.dtype.itemsize != 2:
+    num_heads, is_fp8 = query.shape[1], kv_cache.dtype == FP8
+    if not is_hopper() or query.dtype.itemsize != 2 or kv_cache.dtype not in (query.dtype, FP8):
         return None
     if options.in_chunks or head_dim not in (32, 64, 96, 128) or block_size % 16:
         return None
-    if num_heads // num_kv_heads > 8 or num_rows > _ROW_COUNTS[-1]:
-        return None
-    if 2 * _max_rows(num_rows) * num_kv_heads > num_multiprocessors():
+    num_rows = _num_rows(query, attn)
+    if num_heads // num_kv_heads > 8 or num_rows > _MAX_ROWS:
         return None
     if not begins_at_16_bytes(query, kv_cache):
         return None
     return _kernel(
-        query.dtype, _max_rows(num_rows), num_multiprocessors(), head_dim, num_heads, num_kv_heads,
-        block_size, options.sliding_window > 0, options.soft_cap > 0,
+        query.dtype, is_fp8, _blocks_and_warps(num_rows, head_dim), head_dim, num_heads,
+        num_kv_heads, block_size, options.sliding_window > 0, options.soft_cap > 0,
         0 if options.sinks is None else options.sinks.itemsize, compile_ahead.is_asking(),
     )  # fmt: skip
 
 
-def _max_rows(num_rows: int) -> int:
-    return next(n for n in _ROW_COUNTS if num_rows <= n)
+def _num_rows(query: Tensor, attn: AttentionMetadata) -> int:
+    """The most rows that may have tokens: a step's last row is always empty."""
+    return min(len(query), len(attn.block_tables))
+
+
+def _blocks_and_warps(num_rows: int, head_dim: int) -> tuple[int, int]:
+    """Thread blocks of a multiprocessor, and the warps of each.
+
+    Caches in 16 bits and in FP8 have the same, so that their keys are split and added alike.
+    """
+    if num_rows <= _FEW_ROWS:
+        return 1, 8
+    return (3, 4) if head_dim <= 64 else (2, 4)
 
 
 @functools.cache
 def _kernel(
-    dtype: torch.dtype, max_rows: int, num_blocks: int, head_dim: int, num_heads: int,
-    num_kv_heads: int, block_size: int, has_window: bool, has_soft_cap: bool, sink_bytes: int,
-    is_asked: bool,
+    dtype: torch.dtype, is_fp8: bool, blocks_and_warps: tuple[int, int], head_dim: int,
+    num_heads: int, num_kv_heads: int, block_size: int, has_window: bool, has_soft_cap: bool,
+    sink_bytes: int, is_asked: bool,
 ) -> CudaKernel | None:  # fmt: skip
     """is_asked: whether another thread compiles the kernel. Only a part of the cache's key."""
+    blocks, warps = blocks_and_warps
     options = {
-        "BF16": dtype == torch.bfloat16, "ROWS": max_rows, "NUM_BLOCKS": num_blocks,
-        "WARPS": _WARPS, "HEAD_DIM": head_dim, "NUM_HEADS": num_heads,
-        "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size, "HAS_WINDOWS": has_window,
-        "HAS_SOFT_CAP": has_soft_cap, "SINK_BYTES": sink_bytes,
+        "BF16": dtype == torch.bfloat16, "FP8_CACHE": is_fp8, "MAX_ROWS": _MAX_ROWS,
+        "NUM_BLOCKS": blocks * num_multiprocessors(), "BLOCKS": blocks, "WARPS": warps,
+        "HEAD_DIM": head_dim,
+        "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size,
+        "HAS_WINDOWS": has_window, "HAS_SOFT_CAP": has_soft_cap, "SINK_BYTES": sink_bytes,
         "OVERLAP": launch_options()["OVERLAP"],
     }  # fmt: skip
     instead = "Triton's kernel, which is slower, computes the attention of decode steps"
@@ -72,19 +82,22 @@ def attend(
     options: ScoreOptions,
     out: Tensor,
 ) -> None:
-    """Fill `out`, contiguous and of query's shape, for a step whose rows have one token each.
+    """Write the attention of rows with one token to `out`, contiguous and of query's shape.
 
-    kernel: from `kernel_for`. query: [rows, num_heads, head_dim], with contiguous heads.
+    kernel: from `kernel_for`. query: [tokens, num_heads, head_dim], with contiguous heads.
     """
-    num_rows, num_heads, head_dim = query.shape
-    num_kv_heads, num_blocks = kv_cache.shape[3], num_multiprocessors()
-    units = num_blocks * -(-_max_rows(num_rows) * num_kv_heads // num_blocks)
-    size = units * (num_heads // num_kv_heads) * (head_dim + 2)
+    num_rows, num_kv_heads = _num_rows(query, attn), kv_cache.shape[3]
+    _, num_heads, head_dim = query.shape
+    blocks, warps = _blocks_and_warps(num_rows, head_dim)
+    num_blocks = blocks * num_multiprocessors()
+    most_units = 2 * num_blocks
+    size = most_units * (num_heads // num_kv_heads) * (head_dim + 2)
     kernel.launch(
         (num_blocks,),
-        32 * _WARPS,
+        32 * warps,
         (
-            query, kv_cache[0], kv_cache[1], attn.block_tables, attn.seq_lens, options.sinks, out,
+            query, kv_cache[0], kv_cache[1], attn.block_tables, attn.seq_lens,
+            attn.query_start_loc, options.sinks, options.kv_scales, out,
             query.new_empty(size, dtype=torch.float32),
             counters.of_rows(num_rows * num_kv_heads, query.device), c_longlong(query.stride(0)),
             c_longlong(attn.block_tables.stride(0)), c_int(num_rows),

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionMetadata
+from compiledllm.kernels.backend import FP8, AttentionMetadata
 from compiledllm.kernels.code_macros import options_of
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.decode_step import ALL_ROWS, MAX_ROWS, DecodeShape, DecodeStep, Layouts
@@ -19,14 +19,16 @@ from compiledllm.kernels.quantized import PACKED_BITS
 from compiledllm.kernels.records import TILE, UNIT
 
 _SOURCE = "decode_step.cu"
+_LARGE = 70_000_000  # weights of a layer; with more, separate kernels read long FP8 caches faster
 # By the form of the weights: for layers of at most so many weights, the numbers of rows with which
 # one launch was faster than separate kernels on an H200; the first entry that is large enough
 # counts. Llama-3.2-1B has 61 million weights per layer, Llama-3.1-8B 218 million. README.md has the
 # measurements.
 _FASTER = {
-    "16 bits": ((70_000_000, ALL_ROWS), (220_000_000, range(2, 4))),
-    "fp8, 0 groups": ((220_000_000, range(1, 2)),),
-    "int4, 1 groups": ((220_000_000, range(1, 2)),),
+    "16 bits": ((_LARGE, ALL_ROWS), (220_000_000, range(2, 4))),
+    "fp8, 0 groups": ((220_000_000, range(1, 5)),),
+    "fp8, 1 groups": ((220_000_000, range(1, 5)),),
+    "int4, 1 groups": ((220_000_000, range(1, 5)),),
 }
 _ROW_COUNTS = (1, 2, 4, MAX_ROWS)  # of the variants of the kernel
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -81,7 +83,7 @@ def why_not(shape: DecodeShape, device: torch.device) -> str | None:
         return f"the kernel has no {str(shape.dtype).removeprefix('torch.')}"
     if reason := _why_not_layouts(shape.layouts):
         return reason
-    if shape.kv_dtype != shape.dtype:
+    if shape.kv_dtype not in (shape.dtype, FP8):
         return f"the kernel has no KV cache in {str(shape.kv_dtype).removeprefix('torch.')}"
     return _why_not_sizes(shape)
 
@@ -91,12 +93,20 @@ def _why_not_layouts(layouts: Layouts) -> str | None:
     if any(other != layout for other in layouts):
         return "the matrices of a layer are in different forms"
     if layout is not None and layout.groups and layout.code not in PACKED_BITS:
-        return "the kernel has no 8-bit weights with scales of groups"
+        are_blocks = layout.groups == 1 and layout.block_rows % 8 == 0
+        if not are_blocks or layout.scale_dtype != "float32" or layout.has_zeros:
+            return "the kernel has no 8-bit weights with scales of groups"
     return None
 
 
+def _has_blocks(shape: DecodeShape) -> bool:
+    """Whether 8-bit weights have scales of blocks of 128 inputs and several outputs."""
+    layout = shape.layouts[0]
+    return layout is not None and layout.groups > 0 and layout.code not in PACKED_BITS
+
+
 def _why_not_sizes(shape: DecodeShape) -> str | None:
-    factor = 32 if shape.layouts[0] is None else UNIT
+    factor = 32 if shape.layouts[0] is None else 4 * UNIT if _has_blocks(shape) else UNIT
     multiples = {
         "hidden_size": (shape.hidden_size, factor),
         "intermediate_size": (shape.intermediate_size, factor),
@@ -130,7 +140,7 @@ def _scratch_bytes(shape: DecodeShape, max_rows: int) -> int:
     """Shared memory of a phase: normalised rows, then sums; or heads and results of attention."""
     x = max_rows * (2 * shape.hidden_size + _PADDING)
     sums = _WARPS * _most_tiles(shape) * 16 * max_rows * 4
-    heads = 2 * (shape.group + 2) * shape.head_dim
+    heads = 2 * (shape.group + 2 + (shape.kv_dtype == FP8)) * shape.head_dim
     partial = _WARPS * shape.group * (shape.head_dim + 2) * 4
     return _rounded_up(max(x, sums, heads + partial))
 
@@ -160,7 +170,7 @@ def _slot_bytes(shape: DecodeShape) -> int:
     if layout is None:
         return TILE * (2 * segment + _PADDING)
     if layout.code not in PACKED_BITS:
-        return TILE * (segment + _PADDING)
+        return TILE * (segment + _PADDING) + 8 * _has_blocks(shape) * segment // UNIT
     return segment // UNIT * record_bytes(layout)
 
 
@@ -179,7 +189,8 @@ def faster_rows(shape: DecodeShape) -> range:
     form = "16 bits" if layout is None else f"{layout.code}, {layout.groups} groups"
     for max_weights, rows in _FASTER.get(form, ()):
         if shape.num_weights <= max_weights:
-            return rows
+            is_slower = shape.kv_dtype.itemsize == 1 and shape.num_weights > _LARGE
+            return rows[:2] if is_slower else rows
     return range(0)
 
 
@@ -227,8 +238,10 @@ def _options(
 ) -> dict[str, int]:
     """The macros of the kernel."""
     sizes, stages = _Sizes.of(shape), _stages(shape, max_rows)
+    layout = shape.layouts[0] or Layout("fp8", 0, "float32", False)
     return dict(zip(_Sizes.__dataclass_fields__, astuple(sizes), strict=True)) | {
         "BF16": shape.dtype == torch.bfloat16,
+        "FP8_CACHE": shape.kv_dtype == FP8,
         "ROWS": max_rows,
         "NUM_BLOCKS": num_blocks,
         "WARPS": _WARPS,
@@ -246,7 +259,8 @@ def _options(
         "HAS_BIASES": shape.has_qkv_bias or shape.has_other_biases,
         "STAMPS": has_stamps,
         "TAGGED": _is_tagged(shape, max_rows),
-        **options_of(shape.layouts[0] or Layout("fp8", 0, "float32", False)),
+        "SCALE_SHIFT": layout.block_rows.bit_length() - 1,
+        **options_of(layout),
     }
 
 

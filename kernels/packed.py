@@ -125,6 +125,8 @@ def pack(
         return Packed(layout, _in_order(code, codes, None, None), None, None, scales[:, 0].float())
     if not _has_groups(code, group, has_minima):
         return None
+    if block_rows > 1:
+        scales = scales.float()
     groups, times = max(UNIT // group, 1), max(group // UNIT, 1)
     num_units = -(-num_inputs // UNIT)
     if factors is not None and (groups < 4 or num_units % factors.shape[1]):

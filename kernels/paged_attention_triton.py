@@ -106,15 +106,16 @@ def paged_attention(
         "HAS_SINKS": options.sinks is not None, "HAS_KV_SCALES": options.kv_scales is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
-    are_few = 0 < attn.max_row_tokens <= MAX_TOGETHER
-    is_plain = attn.max_row_tokens == 1 and not fixed_order and max_split_programs is None
-    if is_plain and (kernel := decode_attention_cuda.kernel_for(query, kv_cache, options)):
-        decode_attention_cuda.attend(kernel, query, kv_cache, attn, options, out)
-        return out
     if not fixed_order:
-        together = attn.max_row_tokens if are_few else 1
-        attend_few_tokens(tensors, scalars, constants, together, max_split_programs)
-        if are_few:
+        together = attn.max_row_tokens if 0 < attn.max_row_tokens <= MAX_TOGETHER else 1
+        kernel = None
+        if together == 1 and max_split_programs is None:
+            kernel = decode_attention_cuda.kernel_for(query, kv_cache, attn, options)
+        if kernel:
+            decode_attention_cuda.attend(kernel, query, kv_cache, attn, options, out)
+        else:
+            attend_few_tokens(tensors, scalars, constants, together, max_split_programs)
+        if 0 < attn.max_row_tokens <= MAX_TOGETHER:
             return out
         if kernel := prefill_attention_cuda.kernel_for(query, kv_cache, options):
             prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, attn, options, out)

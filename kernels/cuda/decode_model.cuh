@@ -70,7 +70,11 @@ template <int MATRIX> struct Share {  // of a block
 constexpr int STEP = PACKED ? UNIT : 32, STEP_BYTES = PACKED ? UNIT_BYTES : 64, X_PARTS = STEP / 32;
 constexpr int STEPS_OF_SLOT = SEGMENT / STEP, STEPS = (STEPS_OF_SLOT + WARPS - 1) / WARPS;  // of a warp
 constexpr int PITCH = STEPS_OF_SLOT * STEP_BYTES + 64;  // the rows of two outputs begin 16 banks apart
-constexpr int SLOT = IN_RECORDS ? STEPS_OF_SLOT * RECORD : 16 * PITCH, COPIES = IN_RECORDS ? 1 : 16;
+// Scales of blocks of inputs and outputs follow the rows, for each half of a tile.
+constexpr bool HAS_BLOCKS = PACKED && !NIBBLES && GROUPS > 0;
+constexpr int HALF_SCALES = HAS_BLOCKS ? 4 * STEPS_OF_SLOT : 0;  // bytes
+constexpr int SLOT = IN_RECORDS ? STEPS_OF_SLOT * RECORD : 16 * PITCH + 2 * HALF_SCALES;
+constexpr int COPIES = IN_RECORDS ? 1 : HAS_BLOCKS ? 18 : 16;
 __device__ constexpr int segments_of(int matrix) { return (inputs_of(matrix) + SEGMENT - 1) / SEGMENT; }
 
 constexpr int MOST_HELD = 32;  // pieces of eight inputs in a lane's registers
@@ -84,7 +88,8 @@ constexpr int X_BYTES = ROWS * X_PITCH;
 constexpr int MOST_TILES =
     larger(larger(most_tiles(QKV), most_tiles(OUT)), larger(most_tiles(GATE_UP), most_tiles(DOWN)));
 constexpr int SUM_BYTES = WARPS * MOST_TILES * 16 * ROWS * 4;
-constexpr int HEADS_BYTES = (GROUP + 2) * HEAD_DIM * 2, PARTIAL_BYTES = WARPS * GROUP * (HEAD_DIM + 2) * 4;
+constexpr int CODES_AT = (GROUP + 2) * HEAD_DIM;  // in 16-bit numbers: the codes of the key and the value
+constexpr int HEADS_BYTES = 2 * CODES_AT + (FP8_CACHE ? 2 * HEAD_DIM : 0), PARTIAL_BYTES = WARPS * GROUP * (HEAD_DIM + 2) * 4;
 // Used by one phase at a time: normalised rows, then sums; or heads and partial results of attention.
 static_assert(larger(larger(X_BYTES, SUM_BYTES), HEADS_BYTES + PARTIAL_BYTES) <= SCRATCH, "");
 constexpr int BARRIERS = 2 * STAGES * 8;

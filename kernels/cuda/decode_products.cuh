@@ -111,10 +111,13 @@ template <int MATRIX> __device__ __forceinline__ void take_slot(Weights& weights
         if constexpr (IN_RECORDS) read_record(weights.units[s], slot + step * RECORD, 0, lane);
         else if constexpr (PACKED)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int i = 0; i < LOADS; ++i)
                     weights.units[s].codes[0][half][i] = *(const uint4*)(at + 8 * half * PITCH + 64 * i);
+                const u8* const scale = slot + 16 * PITCH + half * HALF_SCALES + 4 * step;
+                if constexpr (HAS_BLOCKS) weights.units[s].scales[0][half].load(scale);
+            }
         else weights.lower[s] = *(const uint4*)at, weights.upper[s] = *(const uint4*)(at + 8 * PITCH);
     }
     finish_reads();

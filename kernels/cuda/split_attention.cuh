@@ -1,83 +1,37 @@
-// Attention of rows with one new token on a paged cache, split among the thread blocks: which keys a block has, a
-// warp's tiles of keys and values in registers, and the sums over warps and splits.
+// Attention of rows with one new token on a paged cache, split among the thread blocks: a warp's tiles of keys and values
+// in registers, and the sums over warps and splits. The including file decides which keys a block has.
 //
-// Defined before: ROWS (at most so many), NUM_BLOCKS, WARPS, THREADS (that compute), HEAD_DIM, NUM_KV_HEADS, GROUP (query
-// heads of a KV head, at most 8), BLOCK_SIZE, HAS_WINDOWS, HAS_SOFT_CAP, and `meet`, a barrier of these threads.
+// Defined before: WARPS, THREADS (that compute), HEAD_DIM, NUM_KV_HEADS, GROUP (query heads of a KV head, at most 8),
+// BLOCK_SIZE, FP8_CACHE (keys and values are E4M3 codes), HAS_SOFT_CAP, and `meet`, a barrier of these threads.
 
 #pragma once
+
+#include "cached_numbers.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;  // below all scores, and finite
 constexpr int TILE_KEYS = 16, ROUND = TILE_KEYS * WARPS;  // keys of a warp's tile, of all warps'
+constexpr int AT_ONCE = 8;  // splits whose results are loaded together
 constexpr int KEY_STEPS = HEAD_DIM / 32, VALUE_PARTS = (HEAD_DIM + 63) / 64, VALUE_TILES = 4 * VALUE_PARTS;
-constexpr int MOST_UNITS = NUM_BLOCKS * ((ROWS * NUM_KV_HEADS + NUM_BLOCKS - 1) / NUM_BLOCKS);
 
 struct Span {  // the keys of a row and KV head, or a split of them
     int row, head, split, num_splits;
     int first, last, length;  // tokens of the split, of the row
+    int place;                // of the results of split 0, among those of all splits
 };
 
-// How many rounds of keys a split has: as few as fill the grid once (or as often as rows and heads do).
-struct Splits {
-    int rounds;
-    int first[ROWS], length[ROWS];
-
-    __device__ __forceinline__ int count(int row, int rounds) const {
-        if (length[row] < 0) return 0;  // there is no such row
-        const int all = (length[row] - first[row] / ROUND * ROUND + ROUND - 1) / ROUND;
-        return max(1, (all + rounds - 1) / rounds);
-    }
-    __device__ __forceinline__ int total(int rounds) const {
-        int found = 0;
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) found += count(row, rounds);
-        return found * NUM_KV_HEADS;
-    }
-    __device__ __forceinline__ Splits(const int* seq_lens, int num_rows, int window) {
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
-            length[row] = row < num_rows ? seq_lens[row] : -1;
-            first[row] = HAS_WINDOWS && window ? max(0, length[row] - window) : 0;
-        }
-        rounds = max(1, total(1) / MOST_UNITS);
-        if (total(rounds) <= MOST_UNITS) return;
-        int step = 1;  // `rounds` are too few; rounds + step will be enough
-        for (; total(rounds + step) > MOST_UNITS; step *= 2) rounds += step;
-        while (step > 1) {
-            const int half = step / 2;
-            if (total(rounds + half) > MOST_UNITS) rounds += half, step -= half;
-            else step = half;
-        }
-        ++rounds;
-    }
-    // Returns false if there are no more units.
-    __device__ __forceinline__ bool find(Span& unit, int index, int num_rows) const {
-        unit.head = index % NUM_KV_HEADS;
-        int before = 0;
-        unit.row = -1;
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
-            const int splits = count(row, rounds), split = index / NUM_KV_HEADS - before;
-            if (row < num_rows && split >= 0 && split < splits) {
-                unit.row = row, unit.split = split, unit.num_splits = splits, unit.length = length[row];
-                const int start = first[row] / ROUND * ROUND + split * rounds * ROUND;
-                unit.first = max(first[row], start), unit.last = min(length[row], start + rounds * ROUND);
-            }
-            before += splits;
-        }
-        return unit.row >= 0;
-    }
-};
+// The place of a unit's split among the results of all splits, below MOST_UNITS; defined by the including file.
+__device__ __forceinline__ int place_of(const Span& unit, int split);
 
 struct Cache {
-    const u16 *keys, *values;
+    const Cached *keys, *values;
     const int* pages;  // of the unit's row
 };
 
 // A warp's keys and values of a tile of 16 tokens: of keys tokens g and g + 8, of values tokens 2 l, 2 l + 1, and 8
 // further.
 struct Tile {
-    uint4 keys[2][KEY_STEPS], values[4][VALUE_PARTS];
+    Eight keys[2][KEY_STEPS], values[4][VALUE_PARTS];
 
     static __device__ __forceinline__ int key_token(int i) { return threadIdx.x % 32 / 4 + 8 * i; }
     static __device__ __forceinline__ int value_token(int i) { return 2 * (threadIdx.x % 4) + i % 2 + 8 * (i / 2); }
@@ -88,7 +42,7 @@ struct Tile {
 #pragma unroll
             for (int s = 0; s < KEY_STEPS; ++s) {
                 const i64 at = ((slot + key_token(i)) * NUM_KV_HEADS + head) * HEAD_DIM + 32 * s + threadIdx.x % 4 * 8;
-                keys[i][s] = load_once((const u8*)(cache.keys + at));
+                keys[i][s] = load_eight(cache.keys + at);
             }
     }
     __device__ __forceinline__ void load_values(const Cache& cache, int head, i64 slot) {
@@ -97,25 +51,25 @@ struct Tile {
 #pragma unroll
             for (int p = 0; p < VALUE_PARTS; ++p) {
                 const int dim = 64 * p + threadIdx.x % 32 / 4 * 8;
-                values[i][p] = make_uint4(0, 0, 0, 0);
+                values[i][p] = Eight();
                 const i64 at = ((slot + value_token(i)) * NUM_KV_HEADS + head) * HEAD_DIM + dim;
-                if (dim < HEAD_DIM) values[i][p] = load_once((const u8*)(cache.values + at));
+                if (dim < HEAD_DIM) values[i][p] = load_eight(cache.values + at);
             }
     }
     // The step's own token is not in the cache yet, and values behind it may be NaN.
-    __device__ __forceinline__ void correct(const u16* key, const u16* value, int newest) {
+    __device__ __forceinline__ void correct(const Cached* key, const Cached* value, int newest) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (key_token(i) == newest)
 #pragma unroll
-                for (int s = 0; s < KEY_STEPS; ++s) keys[i][s] = *(const uint4*)(key + 32 * s + threadIdx.x % 4 * 8);
+                for (int s = 0; s < KEY_STEPS; ++s) keys[i][s] = *(const Eight*)(key + 32 * s + threadIdx.x % 4 * 8);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
             for (int p = 0; p < VALUE_PARTS; ++p) {
                 const int dim = 64 * p + threadIdx.x % 32 / 4 * 8;
-                if (value_token(i) == newest && dim < HEAD_DIM) values[i][p] = *(const uint4*)(value + dim);
-                if (value_token(i) > newest) values[i][p] = make_uint4(0, 0, 0, 0);
+                if (value_token(i) == newest && dim < HEAD_DIM) values[i][p] = *(const Eight*)(value + dim);
+                if (value_token(i) > newest) values[i][p] = Eight();
             }
     }
 };
@@ -165,8 +119,8 @@ struct Attention {  // a warp's result
             const u32 first[4] = {query.x, 0, query.y, 0}, second[4] = {query.z, 0, query.w, 0};
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                multiply(scores[i], first, tile.keys[i][s].x, tile.keys[i][s].y);
-                multiply(others[i], second, tile.keys[i][s].z, tile.keys[i][s].w);
+                const uint4 pairs = pairs_of(tile.keys[i][s]);
+                multiply(scores[i], first, pairs.x, pairs.y), multiply(others[i], second, pairs.z, pairs.w);
             }
         }
         float highest = LOWEST;
@@ -190,11 +144,9 @@ struct Attention {  // a warp's result
         for (int t = 0; t < VALUE_TILES; ++t) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[t][i] *= decays[i % 2];
-            auto pair = [&](int i, u32 choice) {  // of two tokens
-                const uint4 &even = tile.values[i][t / 4], &odd = tile.values[i + 1][t / 4];
-                return __byte_perm(word_of(even, t % 4), word_of(odd, t % 4), choice);
-            };
-            const u32 values[4] = {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410), pair(2, 0x7632)};
+            u32 values[4];  // pairs of two tokens
+            pairs_across(tile.values[0][t / 4], tile.values[1][t / 4], t % 4, values[0], values[1]);
+            pairs_across(tile.values[2][t / 4], tile.values[3][t / 4], t % 4, values[2], values[3]);
             multiply(sum[t], values, low, high);
         }
     }
@@ -230,13 +182,17 @@ struct Merged {
         const float share = exp2f(its_best - best);
         total += its_total * share, low += x.x * share, high += x.y * share;
     }
+    __device__ __forceinline__ void raise(float higher) {  // the best of all
+        const float share = exp2f(best - higher);
+        total *= share, low *= share, high *= share, best = higher;
+    }
     // A sink is a further logit, without a value. The logit may be far above all scores.
     __device__ __forceinline__ void add_sink(float sink) {
-        const float highest = fmaxf(best, sink * LOG2_E), share = exp2f(best - highest);
-        total = total * share + exp2f(sink * LOG2_E - highest), low *= share, high *= share, best = highest;
+        raise(fmaxf(best, sink * LOG2_E));
+        total += exp2f(sink * LOG2_E - best);
     }
-    __device__ __forceinline__ u32 result() const {  // two dims
-        const float share = total > 0.f ? 1.f / total : 0.f;  // a row without tokens sees no keys
+    __device__ __forceinline__ u32 result(float value_scale) const {  // two dims
+        const float share = total > 0.f ? value_scale / total : 0.f;  // a row without tokens sees no keys
         return pair_of(low * share, high * share);
     }
 };
@@ -244,7 +200,7 @@ struct Merged {
 // The last split of a row and KV head to arrive adds up all of them.
 template <class WRITE>
 __device__ __forceinline__ void merge_splits(
-    const Span& unit, int index, const float* partial, u32* arrivals, float* small, const WRITE& write) {
+    const Span& unit, const float* partial, u32* arrivals, float* small, const WRITE& write) {
     meet();
     if (threadIdx.x == 0)
         *(u32*)small = add_modulo(arrivals + unit.row * NUM_KV_HEADS + unit.head, unit.num_splits);
@@ -252,30 +208,35 @@ __device__ __forceinline__ void merge_splits(
     if (*(u32*)small != unit.num_splits - 1) return;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 2; i += THREADS) {
         const int head = i / (HEAD_DIM / 2), dim = i % (HEAD_DIM / 2) * 2;
-        auto part = [&](int split) {
-            const int place = index + (split - unit.split) * NUM_KV_HEADS;
-            return partial + ((i64)place * GROUP + head) * (HEAD_DIM + 2);
-        };
-        float best = LOWEST;
-#pragma unroll 8
-        for (int split = 0; split < unit.num_splits; ++split)
-            best = fmaxf(best, load_from_l2((const float2*)(part(split) + HEAD_DIM)).x);
-        Merged all(best);
-#pragma unroll 8
-        for (int split = 0; split < unit.num_splits; ++split) {
-            const float2 stats = load_from_l2((const float2*)(part(split) + HEAD_DIM));
-            all.add(stats.x, stats.y, load_from_l2((const float2*)(part(split) + dim)));
+        Merged all(LOWEST);
+        for (int first = 0; first < unit.num_splits; first += AT_ONCE) {
+            float2 stats[AT_ONCE], values[AT_ONCE];
+            float best = all.best;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                stats[k] = make_float2(LOWEST, 0.f), values[k] = make_float2(0.f, 0.f);
+                if (first + k >= unit.num_splits) continue;
+                const float* const from =
+                    partial + ((i64)place_of(unit, first + k) * GROUP + head) * (HEAD_DIM + 2);
+                stats[k] = load_from_l2((const float2*)(from + HEAD_DIM));
+                values[k] = load_from_l2((const float2*)(from + dim));
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) best = fmaxf(best, stats[k].x);
+            all.raise(best);
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) all.add(stats[k].x, stats[k].y, values[k]);
         }
         write(head, dim, all);
     }
 }
 
 // Add up the warps' results, and then, in the last block to arrive, the splits'. write(head, dim, sum): of two dims of
-// a query head of the unit. index: of the unit. of_warps: in shared memory, [WARPS, GROUP, HEAD_DIM + 2]; of_splits:
-// [units, GROUP, HEAD_DIM + 2]; arrivals: [rows, NUM_KV_HEADS], zero before and after.
+// a query head of the unit. of_warps: in shared memory, [WARPS, GROUP, HEAD_DIM + 2]; of_splits: [MOST_UNITS, GROUP,
+// HEAD_DIM + 2]; arrivals: [rows, NUM_KV_HEADS], zero before and after.
 template <class WRITE>
 __device__ __forceinline__ void merge_warps(
-    const Span& unit, int index, const Attention& mine, float* of_warps, float* of_splits, u32* arrivals, float* small,
+    const Span& unit, const Attention& mine, float* of_warps, float* of_splits, u32* arrivals, float* small,
     const WRITE& write) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
     float total = mine.total;
@@ -306,9 +267,9 @@ __device__ __forceinline__ void merge_warps(
             write(head, dim, all);
             continue;
         }
-        float* to = of_splits + ((i64)index * GROUP + head) * (HEAD_DIM + 2);
+        float* to = of_splits + ((i64)place_of(unit, unit.split) * GROUP + head) * (HEAD_DIM + 2);
         *(float2*)(to + dim) = make_float2(all.low, all.high);
         if (dim == 0) *(float2*)(to + HEAD_DIM) = make_float2(all.best, all.total);
     }
-    if (unit.num_splits > 1) merge_splits(unit, index, of_splits, arrivals, small, write);
+    if (unit.num_splits > 1) merge_splits(unit, of_splits, arrivals, small, write);
 }

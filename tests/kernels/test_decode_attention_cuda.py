@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from torch import Tensor
 
 from compiledllm.kernels import counters, cuda_kernel, decode_attention_cuda
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.backend import ScoreOptions
+from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
 from tests.kernels.test_prefill_attention_cuda import STALE, make_step
 from tests.support.cuda_on_cpu import CpuKernel
 
@@ -62,14 +63,75 @@ def test_rows_equal_those_of_the_torch_backend(
     expected = oracle.paged_attention(*wide, there, score)
     for row, length in enumerate(lengths):  # entries before the window are stale
         attn.block_tables[row, : max(length - window, 0) // block_size if window else 0] = STALE
-    kernel = decode_attention_cuda.kernel_for(query, kv_cache, score)
+    decode = attn._replace(row_bound=make_row_bound(1))
+    kernel = decode_attention_cuda.kernel_for(query, kv_cache, decode, score)
     assert kernel is not None
     found = torch.full_like(query, float("nan"))
     for _ in range(2):
-        decode_attention_cuda.attend(kernel, query, kv_cache, attn, score, found)
+        decode_attention_cuda.attend(kernel, query, kv_cache, decode, score, found)
         is_row = torch.tensor(lengths) > 0
         bound = 2**-8 if dtype == torch.bfloat16 else 2**-10
         error = (found.float() - expected.float())[is_row].abs().max()
         assert error < bound * expected[is_row].float().abs().max()
         assert (found[~is_row] == 0).all()
     assert not counters.of_rows(1, query.device).any()
+
+
+ROWS = [(1, 300), (1, 17), (3, 40), (1, 1), (0, 0), (1, 700), (1, 64), (70, 130), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "options"),
+    [
+        ((8, 2), 128, torch.bfloat16, {}),
+        ((10, 2), 64, torch.float16, {"soft_cap": 3.0, "window": 100}),
+        ((4, 4), 96, torch.bfloat16, {"sinks": True}),
+        ((8, 1), 32, torch.bfloat16, {"sinks": True, "window": 256}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("is_fp8", "times"), [(False, 3), (True, 1), (True, 8)])
+@torch.inference_mode()
+def test_rows_of_any_step(
+    is_fp8: bool,
+    times: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    options: dict[str, float | bool],
+) -> None:
+    """The rows with one token of a step whose other rows have none, or a prompt's tokens."""
+    torch.manual_seed(head_dim)
+    query, kv_cache, attn = make_step(ROWS * times, heads, head_dim, 16, dtype)
+    sinks = torch.randn(heads[0]) * 3 if options.get("sinks") else None
+    scales = torch.tensor([0.5, 3.0]) if is_fp8 else None
+    score = ScoreOptions(
+        scale=head_dim**-0.5, sliding_window=int(options.get("window", 0)),
+        soft_cap=float(options.get("soft_cap", 0)), sinks=sinks, kv_scales=scales,
+    )  # fmt: skip
+    codes = kv_cache.to(FP8)  # unused slots hold NaN
+    there = attn._replace(block_tables=attn.block_tables.where(attn.block_tables < STALE, 0))
+    cache = codes if is_fp8 else kv_cache
+    expected = oracle.paged_attention(query.float(), cache.float().nan_to_num(0), there, score)
+    is_single = (attn.query_start_loc.diff() == 1).repeat_interleave(attn.query_start_loc.diff())
+    found = torch.full_like(query, 7.0)
+    for _ in range(2):
+        attend(query, cache, attn, score, found)
+        bound = 2**-8 if dtype == torch.bfloat16 else 2**-10
+        error = (found.float() - expected.float())[is_single].abs().max()
+        assert error < bound * expected[is_single].float().abs().max()
+        assert (found[~is_single] == 7).all()
+    assert not counters.of_rows(1, query.device).any()
+    if is_fp8:  # as with the same numbers in 16 bits, to the bit
+        plain, wide = torch.full_like(query, 7.0), torch.full_like(query, 7.0)
+        attend(query, codes, attn, score._replace(kv_scales=None), plain)
+        attend(query, codes.to(dtype), attn, score._replace(kv_scales=None), wide)
+        assert torch.equal(plain, wide)
+
+
+def attend(
+    query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions, out: Tensor
+) -> None:
+    kernel = decode_attention_cuda.kernel_for(query, kv_cache, attn, options)
+    assert kernel is not None
+    decode_attention_cuda.attend(kernel, query, kv_cache, attn, options, out)

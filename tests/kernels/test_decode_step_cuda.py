@@ -61,8 +61,11 @@ WINDOWS = replace(
         (QWEN, [40, 260, 1, 30, 5, 6, 7, 0], ()),
         (BIASES, [200, 33], ()),
         (WINDOWS, [200, 33, 500, 20], (40, 0)),
+        (replace(TINY, kv_dtype=torch.float8_e4m3fn), [129, 300, 0], ()),
+        (replace(QWEN, kv_dtype=torch.float8_e4m3fn), [140, 260, 100, 130, 96, 97, 40, 0], ()),
+        (replace(WINDOWS, kv_dtype=torch.float8_e4m3fn, num_layers=3), [400], (140, 0)),
     ],
-    ids=["tiny", "padding", "smol", "qwen", "biases", "windows"],
+    ids=["tiny", "padding", "smol", "qwen", "biases", "windows", "fp8", "fp8 heads", "fp8 windows"],
 )
 def test_values(shape: DecodeShape, lengths: list[int], windows: tuple[int, ...]) -> None:
     assert_equals_reference(make_case(shape, windows), make_inputs(shape, lengths))
@@ -110,6 +113,7 @@ def test_results_do_not_depend_on_the_order_of_threads(
         Layout("int4", 0, "float32", False),
         Layout("int4", 1, "bfloat16", False),
         Layout("int4", 4, "float16", True),
+        Layout("fp8", 1, "float32", False, 128),
     ],
     ids=str,
 )
@@ -121,6 +125,9 @@ def test_quantised_weights(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> N
         TINY, num_layers=2 + layout.groups % 2, layouts=(layout,) * 4, hidden_size=1152,
         intermediate_size=256, head_dim=64, rotary_dim=64,
     )  # fmt: skip
+    if layout.block_rows > 1:
+        shape = replace(shape, hidden_size=1536, intermediate_size=512, num_heads=8)
+        monkeypatch.setattr(decode_step_cuda, "num_multiprocessors", lambda: 12)
     assert_equals_reference(make_case(shape), make_inputs(shape, [20, 1, 3]))
 
 
@@ -128,7 +135,7 @@ def test_quantised_weights(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> N
     ("change", "reason"),
     [
         ({"dtype": torch.float32}, "no float32"),
-        ({"kv_dtype": torch.float8_e4m3fn}, "no KV cache in float8_e4m3fn"),
+        ({"kv_dtype": torch.float32}, "no KV cache in float32"),
         ({"hidden_size": 72}, "hidden_size=72 is not a multiple of 32"),
         ({"block_size": 8}, "block_size=8 is not a multiple of 16"),
         ({"head_dim": 256}, "head_dim=256"),
@@ -150,8 +157,8 @@ FP8, INT4 = Layout("fp8", 0, "float32", False), Layout("int4", 1, "bfloat16", Fa
         (2048, 8192, 64, None, ALL_ROWS),  # Llama-3.2-1B
         (4096, 14336, 128, None, range(2, 4)),  # Llama-3.1-8B
         (8192, 28672, 128, None, range(0)),
-        (4096, 14336, 128, FP8, range(1, 2)),
-        (4096, 14336, 128, INT4, range(1, 2)),
+        (4096, 14336, 128, FP8, range(1, 5)),
+        (4096, 14336, 128, INT4, range(1, 5)),
         (8192, 28672, 128, INT4, range(0)),
         (2048, 8192, 64, replace(INT4, groups=4), range(0)),  # not measured
     ],
@@ -164,6 +171,8 @@ def test_rows_for_which_the_kernel_is_the_default(
         num_kv_heads=8, head_dim=head_dim, layouts=(layout,) * 4,
     )  # fmt: skip
     assert decode_step_cuda.faster_rows(shape) == rows
+    fewer = rows if head_dim == 64 else rows[:2]  # of large layers
+    assert decode_step_cuda.faster_rows(replace(shape, kv_dtype=torch.float8_e4m3fn)) == fewer
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ OTHERS = of_heads(
     plus_one=True, block_size=32,
 )  # fmt: skip
 FP8, INT4 = Layout("fp8", 0, "float32", False), Layout("int4", 1, "bfloat16", False)
+BLOCKS = Layout("fp8", 1, "float32", False, 128)
 SHAPES = {
     "llama 8b": LLAMA_8B,
     "qwen3 0.6b": QWEN3_600M,
@@ -60,6 +61,8 @@ SHAPES = {
     "others": OTHERS,
     "fp8": replace(LLAMA_8B, layouts=(FP8,) * 4),
     "int4": replace(QWEN3_600M, layouts=(INT4,) * 4),
+    "fp8 in blocks": replace(LLAMA_8B, layouts=(BLOCKS,) * 4),
+    "fp8 cache": replace(LLAMA_8B, layouts=(FP8,) * 4, kv_dtype=torch.float8_e4m3fn),
 }
 LENGTHS = ([1], [5000], [17, 1024], [300, 0], [900, 20, 1, 5], [40, 2000, 1, 16, 17, 5, 6, 0])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels import prefill_attention_cuda
-from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
+from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.decode_attention_triton import MAX_TOGETHER
 from compiledllm.kernels.paged_attention_triton import paged_attention
 from compiledllm.kernels.prefill_attention_triton import prefill_tiling
@@ -110,8 +110,10 @@ def test_many_queries_in_larger_programs(head_dim: int, heads: str, dtype: torch
     num_queries = step[0].shape[0] * num_heads
     tiling = prefill_tiling(head_dim, num_heads // num_kv_heads, dtype, num_queries)
     assert tiling.rows >= 128
-    assert_equals_oracle(step, head_dim**-0.5)
-    assert_equals_oracle(step, 0.3, window=700, soft_cap=5.0)
+    query, kv_cache, attn = step
+    for each in (step, (query, kv_cache.to(FP8), attn)):
+        assert_equals_oracle(each, head_dim**-0.5)
+        assert_equals_oracle(each, 0.3, window=700, soft_cap=5.0)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -138,6 +140,25 @@ def test_more_pieces_of_prompts_than_thread_blocks(head_dim: int, heads: str) ->
         assert torch.equal(paged_attention(*step, FORM), first)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+def test_prompts_on_an_fp8_cache_equal_those_on_the_dequantised_cache(
+    head_dim: int, heads: str
+) -> None:
+    """On Hopper, some warps of a block convert the cache for the others."""
+    scales = torch.tensor([0.5, 2.0], device="cuda")
+    for block_size, rows in itertools.product(
+        (8, 16, 64), ([(16, 30_000)], [(9 + n, 40 + 50 * n) for n in range(100)])
+    ):
+        query, kv_cache, attn = make_step(rows, head_dim, heads, block_size, torch.bfloat16)
+        packed = kv_cache.to(FP8)
+        wide = (packed.float() * scales.view(2, 1, 1, 1, 1)).bfloat16()
+        expected = paged_attention(query, wide, attn, FORM)
+        for _ in range(20):
+            out = paged_attention(query, packed, attn, FORM._replace(kv_scales=scales))
+            assert torch.equal(out, expected)
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
     reason="needs compute capability 9.0",
@@ -146,7 +167,8 @@ def test_more_pieces_of_prompts_than_thread_blocks(head_dim: int, heads: str) ->
 def test_hopper_has_a_kernel_of_its_own_for_prompts(head_dim: int) -> None:
     """A kernel that does not compile is replaced by Triton's, with a warning only."""
     query, kv_cache, _ = make_step([(300, 300)], head_dim, "gqa", 16, torch.bfloat16)
-    assert prefill_attention_cuda.kernel_for(query, kv_cache, FORM) is not None
+    for cache in (kv_cache, kv_cache.to(FP8)):
+        assert prefill_attention_cuda.kernel_for(query, cache, FORM) is not None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
