@@ -2,20 +2,6 @@
 //
 // The threads of a cluster of blocks are fibers that run in turn, so that a wait that nobody ends is noticed.
 // Copies are made some turns after they were asked for; products when they are begun.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <limits>
-#include <map>
-#include <numeric>
-#include <random>
-#include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "fibers.h"
 

@@ -3,18 +3,6 @@
 // together if they wait for each other. With a seed, threads take turns in random orders, warps pause now and
 // then while other warps go on, and copies arrive late.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <utility>
-#include <vector>
-
 #include "fibers.h"
 
 typedef uint8_t u8;

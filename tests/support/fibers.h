@@ -1,9 +1,6 @@
 // Fibers: the threads of a kernel that runs on a CPU. A fiber runs until it waits for something or ends.
 //
 // Fibers switch by __builtin_setjmp: swapcontext would make a system call each time.
-#include <ucontext.h>
-
-#include <utility>
 
 typedef void* Registers[5];
 static Registers scheduler;
