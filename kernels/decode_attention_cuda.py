@@ -40,8 +40,8 @@ def kernel_for(
 
 
 def _num_rows(query: Tensor, attn: AttentionMetadata) -> int:
-    """The most rows that may have tokens: a step's last row is always empty."""
-    return min(len(query), len(attn.block_tables))
+    """The most rows that may have tokens: the last row of `attn` is always empty."""
+    return min(len(query), len(attn.block_tables) - 1)
 
 
 def _blocks_and_warps(num_rows: int, head_dim: int) -> tuple[int, int]:
@@ -65,8 +65,8 @@ def _kernel(
     options = {
         "BF16": dtype == torch.bfloat16, "FP8_CACHE": is_fp8, "MAX_ROWS": _MAX_ROWS,
         "NUM_BLOCKS": blocks * num_multiprocessors(), "BLOCKS": blocks, "WARPS": warps,
-        "HEAD_DIM": head_dim,
-        "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim, "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads,
+        "BLOCK_SIZE": block_size,
         "HAS_WINDOWS": has_window, "HAS_SOFT_CAP": has_soft_cap, "SINK_BYTES": sink_bytes,
         "OVERLAP": launch_options()["OVERLAP"],
     }  # fmt: skip

@@ -95,7 +95,7 @@ def _why_not_layouts(layouts: Layouts) -> str | None:
     if layout is not None and layout.groups and layout.code not in PACKED_BITS:
         are_blocks = layout.groups == 1 and layout.block_rows % 8 == 0
         if not are_blocks or layout.scale_dtype != "float32" or layout.has_zeros:
-            return "the kernel has no 8-bit weights with scales of groups"
+            return "the kernel has no 8-bit weights with zeros or with such scales of groups"
     return None
 
 
@@ -189,8 +189,9 @@ def faster_rows(shape: DecodeShape) -> range:
     form = "16 bits" if layout is None else f"{layout.code}, {layout.groups} groups"
     for max_weights, rows in _FASTER.get(form, ()):
         if shape.num_weights <= max_weights:
-            is_slower = shape.kv_dtype.itemsize == 1 and shape.num_weights > _LARGE
-            return rows[:2] if is_slower else rows
+            if shape.kv_dtype == FP8 and shape.num_weights > _LARGE:
+                return range(rows.start, min(rows.stop, 3))
+            return rows
     return range(0)
 
 

@@ -126,7 +126,7 @@ def pack(
     if not _has_groups(code, group, has_minima):
         return None
     if block_rows > 1:
-        scales = scales.float()
+        scales = scales.float()  # the persistent kernel copies four bytes at a time
     groups, times = max(UNIT // group, 1), max(group // UNIT, 1)
     num_units = -(-num_inputs // UNIT)
     if factors is not None and (groups < 4 or num_units % factors.shape[1]):

@@ -2,8 +2,8 @@
 
 One kernel stores keys and values. Two kernels read the cache. `decode_attention_triton` computes
 rows with one new token, and all rows of a step whose rows are known to have at most `MAX_TOGETHER`
-tokens. `prefill_attention_triton` computes the other rows. On Hopper, decode steps of few rows go
-to `decode_attention_cuda`, and the other rows to `prefill_attention_cuda`. Grids follow from shapes
+tokens. `prefill_attention_triton` computes the other rows. On Hopper, rows with one new token go to
+`decode_attention_cuda`, and the other rows to `prefill_attention_cuda`. Grids follow from shapes
 alone and the host reads nothing back, so a captured call serves rows of any length.
 """
 
@@ -107,7 +107,8 @@ def paged_attention(
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     if not fixed_order:
-        together = attn.max_row_tokens if 0 < attn.max_row_tokens <= MAX_TOGETHER else 1
+        are_few = 0 < attn.max_row_tokens <= MAX_TOGETHER
+        together = attn.max_row_tokens if are_few else 1
         kernel = None
         if together == 1 and max_split_programs is None:
             kernel = decode_attention_cuda.kernel_for(query, kv_cache, attn, options)
@@ -115,7 +116,7 @@ def paged_attention(
             decode_attention_cuda.attend(kernel, query, kv_cache, attn, options, out)
         else:
             attend_few_tokens(tensors, scalars, constants, together, max_split_programs)
-        if 0 < attn.max_row_tokens <= MAX_TOGETHER:
+        if are_few:
             return out
         if kernel := prefill_attention_cuda.kernel_for(query, kv_cache, options):
             prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, attn, options, out)

@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include "e4m3.cuh"
+
 #if FP8_CACHE
 typedef u8 Cached;
 struct alignas(8) Eight {  // consecutive numbers

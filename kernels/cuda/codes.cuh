@@ -52,7 +52,7 @@ constexpr float E4M3_POWER = IS_NVFP4 && BF16 ? 1.7014118346046923e38f : 1.32922
 __device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u32& second) {
     if constexpr (CODE == FP8) {
         // Sign, four exponent and three mantissa bits move to their places in a 16-bit float, whose
-        // exponent's bias is larger by 120 or 8. The byte before a code is full of the code's sign.
+        // exponent's bias is larger by 120 or 8. The byte above a code is full of the code's sign.
         constexpr int SHIFT = BF16 ? 4 : 7;
         constexpr u32 MASK = BF16 ? 0x87F087F0u : 0xBF80BF80u;
         first = (bytes_and_signs(codes, 0x9180) << SHIFT) & MASK;

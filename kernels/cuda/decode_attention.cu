@@ -1,12 +1,14 @@
 // Attention of a step's rows with one new token each, on a paged cache.
 //
 // A block computes units: the query heads of a KV head of a row, over all or a part of the row's keys. Its warps take
-// tiles of 16 keys in turn, straight from global memory into registers, two tiles ahead. All but the step's own token
-// were stored by earlier steps, so that the first tiles are loaded before the previous kernel ends.
+// tiles of 16 keys in turn, straight from global memory into registers, two tiles ahead. The first tiles are loaded before
+// the previous kernel ends, if they do not have the row's newest token. Their tokens, and the lengths and pages of rows,
+// were stored before the matrix product that made the queries, and a product lets its successor start only after its own
+// wait.
 //
 // Defined by the compiler's options: BF16, FP8_CACHE, MAX_ROWS, NUM_BLOCKS (of the grid), BLOCKS (of a multiprocessor),
-// WARPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE (tokens of a page), HAS_WINDOWS,
-// HAS_SOFT_CAP, SINK_BYTES (0: no sinks; 2; 4: float) and OVERLAP (programmatic dependent launch).
+// WARPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE (tokens of a page), HAS_WINDOWS, HAS_SOFT_CAP, SINK_BYTES (0: no
+// sinks; 2; 4: float) and OVERLAP (programmatic dependent launch).
 
 #include "ptx.cuh"
 #include "numbers.cuh"
@@ -17,8 +19,6 @@ constexpr int THREADS = 32 * WARPS, GROUP = NUM_HEADS / NUM_KV_HEADS;
 __device__ __forceinline__ void meet() { __syncthreads(); }
 
 #include "split_attention.cuh"
-
-constexpr int MOST_UNITS = 2 * NUM_BLOCKS;
 
 constexpr int OVERHEAD = 2;  // rounds
 constexpr int LENGTHS_AT_ONCE = 2;  // that a thread loads
@@ -47,7 +47,7 @@ struct Splits {
         int* ends, int* lengths, int* counts, const int* seq_lens, const int* starts, int num_rows, int window)
         : ends(ends), lengths(lengths), num_rows(num_rows), window(window) {
         const int lane = threadIdx.x % 32;
-        int shortest = 1 << 30, longest = 1;
+        int shortest = 1 << 29, longest = 1;
         i64 before = 0;  // of the rows before: 2^32 times the rounds, and the number of rows that have rounds
         for (int first_row = 0; first_row < num_rows; first_row += 32 * LENGTHS_AT_ONCE) {
             int its_length[LENGTHS_AT_ONCE];
@@ -60,7 +60,8 @@ struct Splits {
             for (int k = 0; k < LENGTHS_AT_ONCE; ++k) {
                 const int row = first_row + 32 * k + lane, length = its_length[k], count = max(rounds_of(length), 1);
                 if (first_row + 32 * k >= num_rows) break;
-                if (length > 0) shortest = min(shortest, count), longest = max(longest, count);
+                // A captured step's padding has rows of length 1, which must not make lengths differ.
+                if (length > 1) shortest = min(shortest, count), longest = max(longest, count);
                 const i64 sum = before + sum_of_lanes(length < 0 ? 0 : (i64)count << 32 | 1);
                 if (threadIdx.x < 32 && row < num_rows)
                     ends[row + 1] = (int)(sum >> 32), counts[row + 1] = (int)sum, lengths[row] = length;
@@ -77,7 +78,8 @@ struct Splits {
         for (int row = threadIdx.x + 1; row <= num_rows; row += THREADS)
             ends[row] = (ends[row] + overhead * counts[row]) * NUM_KV_HEADS;
         const int all = ((int)(before >> 32) + overhead * (int)before) * NUM_KV_HEADS;
-        share = max((all + NUM_BLOCKS - 1) / NUM_BLOCKS, (longest + MAX_SPLITS - 1) / MAX_SPLITS);
+        const int fewest = (longest + MAX_SPLITS - 2) / (MAX_SPLITS - 1);  // a unit may begin within a share
+        share = max((all + NUM_BLOCKS - 1) / NUM_BLOCKS, fewest);
         at = blockIdx.x * share, last = min(all, at + share);
         meet();
     }
@@ -128,10 +130,9 @@ __device__ __forceinline__ void clear_values(Tile& tile, int newest) {
 }
 
 // query [tokens, NUM_HEADS, HEAD_DIM], tokens query_stride apart. keys, values [pages, BLOCK_SIZE, NUM_KV_HEADS,
-// HEAD_DIM]. pages [rows, pages_stride]. lengths [rows], with the new token. starts [rows + 1]: each row's first token;
-// up to 16 rows have one token each. sinks [NUM_HEADS] or null. kv_scales [2] or null: of keys and of values. out
-// [tokens, NUM_HEADS, HEAD_DIM]. of_splits [MOST_UNITS, GROUP, HEAD_DIM + 2]. arrivals [rows, NUM_KV_HEADS], zero before
-// and after.
+// HEAD_DIM]. pages [rows, pages_stride]. lengths [rows], with the new token. starts [rows + 1]: each row's first token.
+// sinks [NUM_HEADS] or null. kv_scales [2] or null: of keys and of values. out [tokens, NUM_HEADS, HEAD_DIM]. of_splits
+// [2 * NUM_BLOCKS, GROUP, HEAD_DIM + 2]. arrivals [rows, NUM_KV_HEADS], zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
     const u16* query, const Cached* keys, const Cached* values, const int* pages, const int* lengths, const int* starts,
     const void* sinks, const float* kv_scales, u16* out, float* of_splits, u32* arrivals, i64 query_stride,
@@ -139,9 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
     __shared__ uint4 queries[GROUP * HEAD_DIM / 8];
     __shared__ float2 of_warps[WARPS * GROUP * (HEAD_DIM / 2 + 1)];
     __shared__ float small[1];
-#if OVERLAP
-    release_successor();
-#endif
+    if (OVERLAP) release_successor();
     __shared__ int ends[MAX_ROWS + 1], lengths_of_rows[MAX_ROWS], counts[MAX_ROWS + 1];
     Splits splits(ends, lengths_of_rows, counts, lengths, starts, num_rows, window);
     float value_scale = 1.f;
@@ -150,20 +149,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
     Cache cache = {keys, values, pages};
     Walk walk = {cache, unit, 0};
     Tile tiles[2] = {};
-    auto load_tiles = [&](bool are_stored) {  // by earlier steps, or by this one
+    uint4 query_part = {};  // this thread's, of the unit's queries
+    auto load_stored = [&] {  // the tiles that do not have the newest token
+        cache.pages = pages + unit.row * pages_stride;
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (walk.token(i) + TILE_KEYS < unit.length == are_stored) walk.load(tiles[i], i);
+            if (walk.token(i) + TILE_KEYS < unit.length) walk.load(tiles[i], i);
     };
-    uint4 query_part = {};  // this thread's, of the unit's queries
-    auto load_query = [&] {
+    auto load_rest = [&] {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (walk.token(i) + TILE_KEYS >= unit.length) walk.load(tiles[i], i);
         const u16* const from = query + starts[unit.row] * query_stride + unit.head * GROUP * HEAD_DIM;
         if (threadIdx.x < GROUP * HEAD_DIM / 8) query_part = ((const uint4*)from)[threadIdx.x];
     };
     bool is_found = splits.next(unit);
-    if (is_found) cache.pages = pages + unit.row * pages_stride, load_tiles(true);
+    if (is_found) load_stored();
     if (OVERLAP) wait_for_predecessor();
-    if (is_found) load_tiles(false), load_query();
+    if (is_found) load_rest();
     while (is_found) {
         if (threadIdx.x < GROUP * HEAD_DIM / 8) queries[threadIdx.x] = query_part;
         meet();
@@ -172,10 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
         // The next unit's tiles are on their way while the warps' results are added.
         const Span done = unit;
         is_found = splits.next(unit);
-        if (is_found) {
-            cache.pages = pages + unit.row * pages_stride;
-            load_tiles(true), load_tiles(false), load_query();
-        }
+        if (is_found) load_stored(), load_rest();
         auto write = [&](int head, int dim, Merged sum) {
             const int query_head = done.head * GROUP + head;
             if (SINK_BYTES) sum.add_sink(sink_of(sinks, query_head));

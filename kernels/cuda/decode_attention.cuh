@@ -40,9 +40,7 @@ struct Splits {
         }
         ++rounds;
     }
-    // Find the block's unit that begins at `at`, and the one after it. Returns false if there are no more units.
-    __device__ __forceinline__ int begin() const { return blockIdx.x; }
-    __device__ __forceinline__ int after(const Span&, int at) const { return at + NUM_BLOCKS; }
+    // Find unit `at` of all units. Returns false if there are not so many.
     __device__ __forceinline__ bool find(Span& unit, int at, int num_rows) const {
         unit.head = at % NUM_KV_HEADS;
         int before = 0;
@@ -204,7 +202,7 @@ __device__ __forceinline__ void attend(
     const Launch& launch, const Splits& splits, int layer, u32 tag, const Grid& grid, u8* scratch, float* small) {
     Span unit;
     bool waits = true;
-    for (int at = splits.begin(); splits.find(unit, at, launch.num_rows); at = splits.after(unit, at)) {
+    for (int at = blockIdx.x; splits.find(unit, at, launch.num_rows); at += NUM_BLOCKS) {
         attend_unit(launch, unit, layer, tag, grid, waits, scratch, small);
         waits = false;
     }

@@ -27,9 +27,9 @@
 // grid), WARPS (that compute), STAGES (slots), SEGMENT (inputs of a slot), MOST_COPIES (slots on their way at once),
 // TAGGED (activations have tags), SCRATCH (bytes), HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM,
 // BLOCK_SIZE (tokens of a page, a multiple of 16), PLUS_ONE (norms multiply by 1 + weight), HAS_QK_NORM, ACTIVATION (0:
-// silu, 1: gelu, 2: gelu_tanh), HAS_SOFT_CAP, HAS_WINDOWS, HAS_SINKS, HAS_BIASES, STAMPS (write the time of each
-// phase), PACKED (weights are quantised, in one of the layouts of codes.cuh; 8-bit codes with scales of outputs only),
-// and those of codes.cuh.
+// silu, 1: gelu, 2: gelu_tanh), HAS_SOFT_CAP, HAS_WINDOWS, HAS_SINKS, HAS_BIASES, FP8_CACHE, STAMPS (write the time of
+// each phase), PACKED (weights are quantised, in one of the layouts of codes.cuh; 8-bit codes with scales of outputs, or
+// of blocks of 128 inputs and 2^SCALE_SHIFT outputs), and those of codes.cuh.
 
 #define ROW_TILES 1
 #define TOKEN_TILES 1

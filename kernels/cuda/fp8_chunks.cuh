@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include "e4m3.cuh"
+
 constexpr int CONVERTERS = 3;              // warps that convert
 constexpr int CODE_PARTS = (PARTS + 1) / 2;  // parts of 128 columns
 constexpr int CODE_PART = CHUNK * 128, CHUNK_BYTES = CODE_PARTS * CODE_PART;

@@ -104,7 +104,7 @@ template <int N> __device__ __forceinline__ void grow_registers() {
 
 // -- numbers -------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 pack(float low, float high) {
+__device__ __forceinline__ u32 pair_of(float low, float high) {
     u32 both;
     asm("cvt.rn." TYPES "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
@@ -116,17 +116,6 @@ __device__ __forceinline__ float unpack(u16 bits) {
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
     return x;
-#endif
-}
-// Four FP8 (e4m3) codes -> two pairs of 16-bit floats, exact. A NaN stays NaN.
-__device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
-        : "=r"(first), "=r"(second) : "r"(codes));
-#if BF16
-    float x[4];
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x[0]), "=f"(x[1]) : "r"(first));
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x[2]), "=f"(x[3]) : "r"(second));
-    first = pack(x[0], x[1]), second = pack(x[2], x[3]);
 #endif
 }
 __device__ __forceinline__ float exp2(float x) {

@@ -400,7 +400,7 @@ __device__ __forceinline__ void merge(
         }
         if (has_token(work, row) && column < HEAD_DIM)
             *(uint2*)(place_of(out, work, row) + column) =
-                make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
+                make_uint2(pair_of(sum.x / total, sum.y / total), pair_of(sum.z / total, sum.w / total));
     }
     meet_cluster();  // until the other blocks have read this block's sums
 }
@@ -421,7 +421,7 @@ __device__ __forceinline__ void write(
             for (int j = 0; j < OUT_COLUMNS / 8; ++j) {
                 const float* x = &sums[part][4 * j + 2 * half];
                 store_4_bytes(piece_at(queries, first_row + 8 * half, part * (OUT_COLUMNS / 8) + j) + lane % 4 * 4,
-                              pack(x[0] * factor, x[1] * factor));
+                              pair_of(x[0] * factor, x[1] * factor));
             }
     }
     meet(4 + group, 128);
@@ -476,7 +476,7 @@ __device__ __forceinline__ void consume(
     release(slot, 0);
     softmax.step(scores, decay, is_masked(last), key_of(last), window);
 #pragma unroll
-    for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < KEYS / 4; ++i) weights[i] = pair_of(scores[2 * i], scores[2 * i + 1]);
 #pragma unroll
     for (int part = 0; part < OUT_PARTS; ++part)
 #pragma unroll
@@ -515,7 +515,7 @@ __device__ __forceinline__ void consume(
         settle(weights);
         release(slot, 1);
 #pragma unroll
-        for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
+        for (int i = 0; i < KEYS / 4; ++i) weights[i] = pair_of(scores[2 * i], scores[2 * i + 1]);
         if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f))  // rare once many keys have been seen
 #pragma unroll
             for (int part = 0; part < OUT_PARTS; ++part)

@@ -50,25 +50,8 @@ __device__ __forceinline__ float half_to_float(u32 bits) {
     return f;
 }
 
-// Four E4M3 codes -> two pairs, exact. A NaN stays NaN.
-__device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
-        : "=r"(first), "=r"(second) : "r"(codes));
-#if BF16
-    first = pair_of(half_to_float(first & 0xFFFF), half_to_float(first >> 16));
-    second = pair_of(half_to_float(second & 0xFFFF), half_to_float(second >> 16));
-#endif
-}
-
-// The nearest E4M3 code; numbers beyond 448 become 448.
-__device__ __forceinline__ u8 e4m3_of(float x) {
-    u16 d;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(0.f), "f"(x));
-    return (u8)d;
-}
-
-// Four bytes, chosen by the four bits of `selector` for each: 0 to 3 is this byte of x, and 8 to 11 is eight times the
-// sign (the highest bit) of byte 0 to 3.
+// Four bytes, chosen by the four bits of `selector` for each: 0 to 3 is this byte of x, and 8 to 11 is the sign (the
+// highest bit) of byte 0 to 3, in all eight bits.
 __device__ __forceinline__ u32 bytes_and_signs(u32 x, u32 selector) {
     u32 d;
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(x), "r"(selector));

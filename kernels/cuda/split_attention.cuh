@@ -1,5 +1,5 @@
-// Attention of rows with one new token on a paged cache, split among the thread blocks: a warp's tiles of keys and values
-// in registers, and the sums over warps and splits. The including file decides which keys a block has.
+// Attention of rows with one new token on a paged cache, split among the thread blocks: a warp's tiles of keys and
+// values in registers, and the sums over warps and splits. The including file decides which keys a block has.
 //
 // Defined before: WARPS, THREADS (that compute), HEAD_DIM, NUM_KV_HEADS, GROUP (query heads of a KV head, at most 8),
 // BLOCK_SIZE, FP8_CACHE (keys and values are E4M3 codes), HAS_SOFT_CAP, and `meet`, a barrier of these threads.
@@ -17,7 +17,7 @@ constexpr int KEY_STEPS = HEAD_DIM / 32, VALUE_PARTS = (HEAD_DIM + 63) / 64, VAL
 struct Span {  // the keys of a row and KV head, or a split of them
     int row, head, split, num_splits;
     int first, last, length;  // tokens of the split, of the row
-    int place;                // of the results of split 0, among those of all splits
+    int place;                // from which `place_of` derives the places of the results of splits
 };
 
 // The place of a unit's split among the results of all splits, below MOST_UNITS; defined by the including file.

@@ -226,17 +226,7 @@ inline u16 narrow(float x) {
 #endif
     return bits;
 }
-inline u32 pack(float low, float high) { return narrow(low) | u32(narrow(high)) << 16; }
-inline float value_of_code(u32 code) {
-    const int exponent = code >> 3 & 15, digits = code & 7;
-    const float size = (code & 127) == 127 ? NAN : std::ldexp(exponent ? 8 + digits : digits, max(exponent, 1) - 10);
-    return code & 128 ? -size : size;
-}
-inline void widen(u32 codes, u32& first, u32& second) {
-    first = pack(value_of_code(codes), value_of_code(codes >> 8));
-    second = pack(value_of_code(codes >> 16), value_of_code(codes >> 24));
-}
-
+inline u32 pair_of(float low, float high) { return narrow(low) | u32(narrow(high)) << 16; }
 inline void begin_products() {}
 inline void commit_products() {}
 template <int PENDING> void wait_products() {}

@@ -22,6 +22,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(cuda_kernel, "CudaKernel", CpuKernel)
+    monkeypatch.setattr(CpuKernel, "seed", 3)  # threads take turns in random orders
     monkeypatch.setattr(decode_attention_cuda, "is_hopper", lambda: True)
     monkeypatch.setattr(decode_attention_cuda, "num_multiprocessors", lambda: NUM_BLOCKS)
     decode_attention_cuda._kernel.cache_clear()
@@ -50,8 +51,8 @@ def test_rows_equal_those_of_the_torch_backend(
 ) -> None:
     torch.manual_seed(len(lengths))
     rows = [(1, max(length, 1)) for length in lengths]
-    query, kv_cache, attn = make_step(rows, heads, head_dim, block_size, dtype)
-    attn.seq_lens.copy_(torch.tensor(lengths))
+    query, kv_cache, attn = make_step([*rows, (0, 0)], heads, head_dim, block_size, dtype)
+    attn.seq_lens.copy_(torch.tensor([*lengths, 0]))
     sinks = torch.randn(heads[0]) * 3 if options.get("sinks") else None
     window = int(options.get("window", 0))
     score = ScoreOptions(
@@ -127,6 +128,25 @@ def test_rows_of_any_step(
         attend(query, codes, attn, score._replace(kv_scales=None), plain)
         attend(query, codes.to(dtype), attn, score._replace(kv_scales=None), wide)
         assert torch.equal(plain, wide)
+
+
+def test_other_steps_are_left_to_triton() -> None:
+    def is_taken(
+        num_rows: int, num_tokens: int, group: int = 4, block_size: int = 16, **options: bool
+    ) -> bool:
+        tables = torch.zeros(num_rows + 1, 1, dtype=torch.int32)  # with the empty row
+        starts = torch.zeros(num_rows + 2, dtype=torch.int32)
+        attn = AttentionMetadata(tables[:0], tables, starts[1:], starts, make_row_bound(0))
+        query = torch.zeros(num_tokens, group, 64, dtype=torch.bfloat16)
+        kv_cache = torch.zeros(2, 3, block_size, 1, 64, dtype=torch.bfloat16)
+        score = ScoreOptions(scale=1.0, **options)  # type: ignore[arg-type]
+        return decode_attention_cuda.kernel_for(query, kv_cache, attn, score) is not None
+
+    assert is_taken(1024, 1024) and is_taken(1024, 4096) and is_taken(5000, 1024)
+    assert not is_taken(1025, 4096)
+    assert is_taken(9, 9, group=8) and not is_taken(9, 9, group=9)
+    assert not is_taken(9, 9, block_size=8)
+    assert not is_taken(9, 9, in_chunks=True)
 
 
 def attend(

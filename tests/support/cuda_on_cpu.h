@@ -153,24 +153,6 @@ inline float value_of(u32 bits) {
 inline float low(u32 pair) { return value_of(pair & 0xFFFF); }
 inline float high(u32 pair) { return value_of(pair >> 16); }
 inline u32 pair_of(float first, float second) { return rounded(first) | rounded(second) << 16; }
-inline float number_of_e4m3(u32 code) {
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    if ((code & 0x7F) == 0x7F) return NAN;
-    const float size = std::ldexp(exponent ? 8 + mantissa : mantissa, std::max(exponent, 1) - 10);
-    return code & 0x80 ? -size : size;
-}
-inline void widen(u32 codes, u32& first, u32& second) {
-    auto number = [&](int i) { return number_of_e4m3(codes >> 8 * i & 0xFF); };
-    first = pair_of(number(0), number(1)), second = pair_of(number(2), number(3));
-}
-inline u8 e4m3_of(float x) {
-    const float size = std::min(std::fabs(x), 448.f);
-    const int exponent = size < 0x1p-6f ? -5 : std::ilogb(size) + 1;  // of the number above; -5 for the smallest
-    const float step = std::ldexp(1.f, exponent - 4);
-    const int steps = (int)std::nearbyint(size / step);  // ties to even; 16 steps are the next exponent's 8
-    const int code = (exponent + 5) * 8 + steps;
-    return (u8)(std::min(code, 0x7E) | (std::signbit(x) ? 0x80 : 0));
-}
 inline u32 subtract(u32 a, u32 b) { return pair_of(low(a) - low(b), high(a) - high(b)); }
 inline u32 times(u32 a, u32 b) { return pair_of(low(a) * low(b), high(a) * high(b)); }
 
