@@ -28,7 +28,7 @@ from compiledllm.graphs.examples import (
     defined,
     mark_dynamic_sizes,
 )
-from compiledllm.graphs.inductor_output import CannotSave, Recording
+from compiledllm.graphs.inductor_output import CannotSave, Recording, reading_rows_once
 from compiledllm.graphs.saved_graph import SavedGraph, restore
 from compiledllm.graphs.variants import Variant, edge_variants
 from compiledllm.kernels import late_compiles
@@ -258,7 +258,7 @@ class BlockCompiler:
         # engines.
         forward = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
         mark_dynamic_sizes(example)
-        with _cached_for(example.variant):
+        with _cached_for(example.variant), reading_rows_once():
             result = forward(example.module, *example.args)
         if not self.saves:
             return forward

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import ast
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,34 @@ class Recording:
             module,
             {kernel: _kernel(scope[kernel]) for kernel in kernel_names},
         )
+
+
+@contextmanager
+def reading_rows_once() -> Iterator[None]:
+    """A context in which the calling thread's reductions hold a row in registers where they can.
+
+    For such a reduction Inductor compiles a second kernel, which reads the row for each pass, and
+    measures both at their first launch. The two add in different orders, and on a busy GPU the
+    measurement may choose the slower one, which later starts would then keep.
+    """
+    from torch._inductor.runtime import triton_heuristics
+
+    autotuners: Any = triton_heuristics.CachingAutotuner
+    measured, thread = autotuners.benchmark_all_configs, threading.get_ident()
+
+    def choose(autotuner: Any, *args: Any, **kwargs: Any) -> dict[Any, float]:
+        """A time for each launcher. Inductor keeps the launcher with the shortest."""
+        is_ours = threading.get_ident() == thread
+        if not is_ours or not autotuner.inductor_meta.get("add_persistent_rblock"):
+            timings: dict[Any, float] = measured(autotuner, *args, **kwargs)
+            return timings
+        return {x: 1 / x.config.kwargs.get("R0_BLOCK", 1) for x in autotuner.launchers}
+
+    autotuners.benchmark_all_configs = choose
+    try:
+        yield
+    finally:
+        autotuners.benchmark_all_configs = measured
 
 
 def _source(placeholder: Any) -> str | None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -248,6 +249,39 @@ def test_result_of_any_structure_is_put_together_again() -> None:
     assert eval(text, {"out": (a, b)}) == result
     with pytest.raises(CannotSave, match="not an output"):
         _expression((a, object()), places)
+
+
+def test_reductions_that_can_hold_a_row_do_so_without_a_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    from compiledllm.graphs.inductor_output import reading_rows_once
+
+    class Launcher:
+        def __init__(self, block: int) -> None:
+            self.config = SimpleNamespace(kwargs={"XBLOCK": 1, "R0_BLOCK": block})
+
+    class Autotuner:
+        def __init__(self, **meta: bool) -> None:
+            self.inductor_meta = meta
+            self.launchers = list(map(Launcher, (16384, 2048, 1024)))
+
+        def chosen(self) -> int:
+            timings = CachingAutotuner.benchmark_all_configs(self)
+            return self.launchers.index(min(timings, key=timings.get))
+
+    monkeypatch.setattr(
+        CachingAutotuner,
+        "benchmark_all_configs",
+        lambda self: dict(zip(self.launchers, (3.0, 2.0, 1.0), strict=True)),
+    )
+    with reading_rows_once():
+        assert Autotuner(add_persistent_rblock=True).chosen() == 0
+        assert Autotuner().chosen() == 2
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(Autotuner(add_persistent_rblock=True).chosen).result() == 2
+    assert Autotuner(add_persistent_rblock=True).chosen() == 2
 
 
 def test_inputs_at_odd_addresses_are_copied_and_written_back() -> None:
