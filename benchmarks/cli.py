@@ -55,6 +55,14 @@ def _add_throughput(kinds: Any) -> None:
     parser = kinds.add_parser("throughput", help="of requests that all start together, offline")
     parser.set_defaults(run=_runner("throughput"))
     _add_dataset(parser, "sharegpt-like")
+    parser.add_argument(
+        "--num-turns", type=positive, default=1, metavar="N",
+        help="turns of each request: a further turn is all before and --turn-len new tokens; with "
+        "more than one (1), engines have a prefix cache",
+    )  # fmt: skip
+    parser.add_argument(
+        "--turn-len", type=positive, default=64, metavar="N", help="new tokens of a turn (64)"
+    )
     _add_repeats(parser, warmups=False)
     _add_other(parser)
     _add_engines(parser)
@@ -177,6 +185,11 @@ def _add_other(parser: CommandParser) -> None:
         "--other", nargs="+", action="extend", type=_other, default=[], metavar="LABEL=PYTHON",
         help="engines of other Python environments take turns, too: vLLM if the label begins with "
         "vllm, otherwise another version of compiledllm",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lock", type=Path, metavar="FILE",
+        help="benchmarks that are started with the same FILE load their engines together and then "
+        "measure one after another",
     )  # fmt: skip
 
 

@@ -76,10 +76,11 @@ def _measure_cell(
         for peer in peers:
             tokens = cell.output_len if turn >= 0 else min(cell.output_len, _WARMUP_TOKENS)
             seed = grid.seed + 2 * turn
-            one = peer.generate(cell.requests(grid.vocab_size, seed, 1))
+            one = peer.generate(cell.requests(grid.vocab_size, seed, 1)).seconds
             all_ = one
             if tokens > 1:
-                all_ = peer.generate(cell.requests(grid.vocab_size, seed + 1, tokens))
+                requests = cell.requests(grid.vocab_size, seed + 1, tokens)
+                all_ = peer.generate(requests).seconds
             if turn >= 0:
                 first[peer.name].append(one)
                 whole[peer.name].append(all_)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class Model:
             dtype=dtype,
             options={name: value for name, value in options.items() if name not in _FIELDS},
         )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Model:
+        """The model with these engine options where the user has given no others."""
+        return replace(self, options={**defaults, **self.options})
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 Arguments: "compiledllm" or "vllm", and the engine's options as JSON. The first line of the output
 says that the engine is ready. Each line of the input is the JSON of [prompts (token ids), output
-lengths]; it is answered by a line [seconds that all prompts took, numbers of generated tokens].
+lengths]; it is answered by a line [seconds that all prompts took, generated token ids].
 
 The program uses only what vLLM and all versions of compiledllm have in common.
 """
@@ -34,8 +34,8 @@ def main() -> None:
         start = time.perf_counter()
         outputs = engine.generate(inputs, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        lengths = [len(output.outputs[0].token_ids) for output in outputs]
-        answers.write(json.dumps([seconds, lengths]) + "\n")
+        token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+        answers.write(json.dumps([seconds, token_ids]) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.benchmarks.profile import StepTimes
-from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
+from compiledllm.benchmarks.workload import Generated, SampleRequest, check_lengths, ids_of
 from compiledllm.config import ConfigError
 
 _PROGRAM = Path(__file__).with_name("other_engine.py")
@@ -60,17 +60,16 @@ class OtherEnvironment:
             self.startup_s = {"start": time.perf_counter() - self._started}
             self._started = None
 
-    def generate(self, requests: Sequence[SampleRequest]) -> float:
+    def generate(self, requests: Sequence[SampleRequest]) -> Generated:
         self.wait_until_ready()
         work = [ids_of(r) for r in requests], [r.output_len for r in requests]
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `_answer` raises the error
             self._process.stdin.write(json.dumps(work) + "\n")
             self._process.stdin.flush()
-        seconds: float
-        seconds, lengths = json.loads(self._answer())
-        check_lengths(requests, lengths)
-        return seconds
+        generated = Generated(*json.loads(self._answer()))
+        check_lengths(requests, generated.token_ids)
+        return generated
 
     def _answer(self) -> str:
         assert self._process.stdout is not None

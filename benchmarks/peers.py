@@ -1,8 +1,8 @@
 """The engines that can be measured, behind one interface: prompts in, a fixed number of tokens out.
 
-Every engine ignores the end of sequence and has no prefix cache and no detokenization. All engines
-load the same checkpoint (or random weights of its shapes) in the same dtype, and sample greedily,
-unless `CompiledLLM.sampling_as` says otherwise.
+Every engine ignores the end of sequence and has no detokenization, and no prefix cache unless the
+options ask for one. All engines load the same checkpoint (or random weights of its shapes) in the
+same dtype, and sample greedily, unless `CompiledLLM.sampling_as` says otherwise.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from compiledllm import SamplingParams
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.other_environment import OtherEnvironment
 from compiledllm.benchmarks.profile import StepProfile, StepTimes
-from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
+from compiledllm.benchmarks.transformers_peer import Transformers
+from compiledllm.benchmarks.workload import Generated, SampleRequest, check_lengths, ids_of
 from compiledllm.config import ConfigError
 from compiledllm.engine_options import ONLINE
 
@@ -33,6 +32,7 @@ _VLLM_OPTIONS = (
     "max_num_batched_tokens",
     "tensor_parallel_size",
     "kv_cache_dtype",
+    "enable_prefix_caching",
     "enforce_eager",
     "seed",
 )
@@ -62,8 +62,8 @@ class Peer(Protocol):
     name: str
     startup_s: dict[str, float]  # phase -> seconds, for engines that report phases
 
-    def generate(self, requests: Sequence[SampleRequest]) -> float:
-        """Run all requests to their last token. Returns the seconds of the engine's own call."""
+    def generate(self, requests: Sequence[SampleRequest]) -> Generated:
+        """Run all requests to their last token."""
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         """Seconds between consecutive tokens; None if the engine returns whole outputs only."""
@@ -117,6 +117,7 @@ def _own_options(model: Model) -> dict[str, Any]:
 
 def _vllm_options(model: Model) -> dict[str, Any]:
     shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
+    shared.setdefault("enable_prefix_caching", False)
     if "kv_cache_memory_bytes" in shared:
         shared.setdefault("gpu_memory_utilization", _UNUSED_UTILIZATION)
     if model.has_random_weights:
@@ -130,7 +131,6 @@ def _vllm_options(model: Model) -> dict[str, Any]:
         "model": str(model.path.resolve()),
         "dtype": model.dtype,
         "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
         "disable_log_stats": True,
     }
 
@@ -176,14 +176,12 @@ class CompiledLLM:
         sampled = [replace(params, **SAMPLING[self.sampling]) for params in plain]
         return sampled[:1] + plain[1:] if self.sampling == "one-penalised" else sampled
 
-    def generate(self, requests: Sequence[SampleRequest]) -> float:
+    def generate(self, requests: Sequence[SampleRequest]) -> Generated:
         params = self._params(request.output_len for request in requests)
         prompts = [ids_of(r) for r in requests]
         start = time.perf_counter()
         outputs = self.engine.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
-        return seconds
+        return _generated(requests, time.perf_counter() - start, outputs)
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         params = self._params(request.output_len for request in requests)
@@ -242,7 +240,7 @@ class VLLM:
         self._vllm = vllm
         self._llm = vllm.LLM(**_vllm_options(model))
 
-    def generate(self, requests: Sequence[SampleRequest]) -> float:
+    def generate(self, requests: Sequence[SampleRequest]) -> Generated:
         params = [
             self._vllm.SamplingParams(
                 temperature=0.0, max_tokens=r.output_len, ignore_eos=True, detokenize=False
@@ -252,9 +250,7 @@ class VLLM:
         prompts = [{"prompt_token_ids": ids_of(r)} for r in requests]
         start = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
-        return seconds
+        return _generated(requests, time.perf_counter() - start, outputs)
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         return None  # the offline API returns finished answers only
@@ -263,85 +259,11 @@ class VLLM:
         return None  # vLLM's steps run in another process
 
 
-class Transformers:
-    """transformers' `generate`, static cache, in batches padded on the left."""
-
-    name = "transformers"
-
-    def __init__(self, model: Model, max_batch_size: int) -> None:
-        self._max_batch_size = max_batch_size
-        started = time.perf_counter()
-        import transformers
-
-        self._transformers = transformers
-        self.startup_s = {"import": time.perf_counter() - started}
-        self._device = model.platform.device
-        auto = transformers.AutoModelForCausalLM
-        arguments = {"dtype": model.torch_dtype, "attn_implementation": "sdpa"}
-        with self._device:
-            if model.has_random_weights:
-                config = transformers.AutoConfig.from_pretrained(model.path)
-                self._model = auto.from_config(config, **arguments)
-            else:
-                self._model = auto.from_pretrained(model.path, **arguments)
-        self._model.to(self._device).eval()
-
-    def generate(self, requests: Sequence[SampleRequest]) -> float:
-        start = time.perf_counter()
-        for batch in self._batches(requests):
-            self._generate_batch(batch)
-        return time.perf_counter() - start
-
-    def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
-        gaps = []
-        for batch in self._batches(requests):
-            stamps: list[float] = []
-            self._generate_batch(batch, stamps)
-            for before, after in zip(stamps, stamps[1:], strict=False):
-                gaps += [after - before] * len(batch)
-        return gaps
-
-    def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
-        return None  # `generate` cannot be stopped between two steps
-
-    def _batches(self, requests: Sequence[SampleRequest]) -> list[Sequence[SampleRequest]]:
-        size = self._max_batch_size
-        return [requests[start : start + size] for start in range(0, len(requests), size)]
-
-    @torch.inference_mode()
-    def _generate_batch(
-        self, batch: Sequence[SampleRequest], stamps: list[float] | None = None
-    ) -> None:
-        """Generate the longest output for all requests; append each step's end to `stamps`."""
-        prompts, count = [ids_of(r) for r in batch], max(r.output_len for r in batch)
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self._device)
-        lengths = torch.tensor([[len(p)] for p in prompts], device=self._device)
-        mask = torch.arange(width, device=self._device) >= width - lengths
-        config = self._transformers.GenerationConfig(
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            cache_implementation="static",
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        watch = None if stamps is None else [self._stamper(stamps)]
-        output = self._model.generate(
-            ids, attention_mask=mask.long(), generation_config=config, stopping_criteria=watch
-        )
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        check_lengths(batch, [output.shape[1] - width - count + r.output_len for r in batch])
-
-    def _stamper(self, stamps: list[float]) -> Callable[..., torch.Tensor]:
-        def stamp(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            if input_ids.is_cuda:
-                torch.cuda.synchronize(input_ids.device)
-            stamps.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-        return stamp
+def _generated(requests: Sequence[SampleRequest], seconds: float, outputs: Any) -> Generated:
+    """outputs: the engine's `RequestOutput` of each request."""
+    token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+    check_lengths(requests, token_ids)
+    return Generated(seconds, token_ids)
 
 
 def _greedy(output_len: int) -> SamplingParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from compiledllm.benchmarks import (
 from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
 from compiledllm.benchmarks.client import Load, Target
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
+from compiledllm.benchmarks.engines import by_sampling, measuring
 from compiledllm.benchmarks.floor import Ceilings, time_per_output_token_floor
 from compiledllm.benchmarks.model import Model
-from compiledllm.benchmarks.peers import CompiledLLM, Peer, make_other_peer, make_peer
 from compiledllm.benchmarks.plot import check_plot, plot_ratios, plot_report
 from compiledllm.benchmarks.report import (
     Report,
@@ -57,6 +57,7 @@ AddFloors = Callable[[Row, Model, Ceilings], None]
 def run_latency(arguments: Namespace) -> int:
     """`compiledllm bench latency`."""
     check_output(arguments.output_json, "--output-json")
+    check_output(arguments.lock, "--lock")
     check_plot(arguments.plot, arguments.output_len)
     model = _model(arguments)
     model.check_length(max(arguments.input_len) + arguments.output_len)
@@ -70,10 +71,11 @@ def run_latency(arguments: Namespace) -> int:
         vocab_size=model.vocab_size,
     )
     report = _report("latency", model, arguments, output_len=work.output_len, seed=work.seed)
-    peers = _by_sampling(_load(arguments, model), arguments.sampling)
-    with progress(work.num_measurements(len(peers))) as advance:
-        rows = latency.measure_grid(peers, work, advance)
-        _collect(report, rows, model, latency.add_floors, arguments.output_json)
+    with measuring(arguments, model) as loaded:
+        peers = by_sampling(loaded, arguments.sampling)
+        with progress(work.num_measurements(len(peers))) as advance:
+            rows = latency.measure_grid(peers, work, advance)
+            _collect(report, rows, model, latency.add_floors, arguments.output_json)
     _emit(report, arguments.output_json, arguments.plot)
     return 0
 
@@ -81,19 +83,30 @@ def run_latency(arguments: Namespace) -> int:
 def run_throughput(arguments: Namespace) -> int:
     """`compiledllm bench throughput`."""
     check_output(arguments.output_json, "--output-json")
+    check_output(arguments.lock, "--lock")
     check_plot(arguments.plot)
     model = _model(arguments)
+    num_turns = arguments.num_turns
+    model = model.with_defaults({"enable_prefix_caching": num_turns > 1})
     requests = _requests(arguments, model.vocab_size, model.encode)
     requests = with_token_ids(requests, model.encode)
-    model.check_length(max(len(r.prompt) + r.output_len for r in requests))
-    report = _report("throughput", model, arguments, requests=fingerprint(requests))
-    peers = _load(arguments, model)
+    caches = bool(model.options["enable_prefix_caching"])
+    chats = throughput.Chats(
+        requests, num_turns, arguments.turn_len, model.vocab_size, _seed(arguments), caches
+    )
+    model.check_length(max(map(sum, chats.lengths)))
+    work = {"requests": fingerprint(requests)}
+    work |= {"num_turns": num_turns, "turn_len": arguments.turn_len} if num_turns > 1 else {}
+    report = _report("throughput", model, arguments, **work)
 
     def add_floor(row: Row, model: Model, ceilings: Ceilings) -> None:
-        throughput.add_floor(row, requests, model, ceilings)
+        throughput.add_floor(row, chats, model, ceilings)
 
-    with progress(len(peers) * (arguments.num_iters + 1)) as advance:
-        rows = throughput.measure_throughput(peers, requests, arguments.num_iters, advance)
+    with (
+        measuring(arguments, model) as peers,
+        progress(len(peers) * (arguments.num_iters + 1)) as advance,
+    ):
+        rows = throughput.measure_throughput(peers, chats, arguments.num_iters, advance)
         _collect(report, rows, model, add_floor, arguments.output_json)
     _emit(report, arguments.output_json, arguments.plot)
     return 0
@@ -194,32 +207,6 @@ def _seed(arguments: Namespace) -> int:
     """The seed of the requests. --seed sets this and the engine's seed; their defaults differ."""
     seed = getattr(arguments, "seed", None)
     return DEFAULT_SEED if seed is None else seed
-
-
-def _load(arguments: Namespace, model: Model) -> list[Peer]:
-    """Load the engines. compiledllm compiles before the first request, even on a CPU."""
-    model = replace(model, options={"compile_when": "start"} | dict(model.options))
-    names, others = list(dict.fromkeys(arguments.engine)), arguments.other
-    taken = set(names)
-    for label, _ in others:
-        if label in taken:
-            raise ConfigError(f"--other {label}=...: another engine of this name is measured, too")
-        taken.add(label)
-    started = [make_other_peer(label, python, model, len(taken)) for label, python in others]
-    peers = [make_peer(name, model, len(taken), arguments.hf_max_batch_size) for name in names]
-    for other in started:
-        other.wait_until_ready()
-    return peers + started
-
-
-def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:
-    """A peer for each kind of sampling, all of one compiledllm; other engines only run greedily."""
-    if sampling == ["greedy"]:
-        return peers
-    ours = [peer for peer in peers if isinstance(peer, CompiledLLM)]
-    others = [peer for peer in peers if not isinstance(peer, CompiledLLM)]
-    kinds = dict.fromkeys(sampling)
-    return [peer.sampling_as(kind) for peer in ours for kind in kinds] + others
 
 
 def _requests(arguments: Namespace, vocab_size: int, encode: Encode | None) -> list[SampleRequest]:

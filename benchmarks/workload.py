@@ -26,17 +26,25 @@ class SampleRequest:
     output_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What an engine made of some requests, and the seconds of the engine's own call."""
+
+    seconds: float
+    token_ids: list[list[int]]  # each request's answer
+
+
 def ids_of(request: SampleRequest) -> list[int]:
     assert not isinstance(request.prompt, str), "the prompt is text; see with_token_ids"
     return request.prompt
 
 
-def check_lengths(requests: Sequence[SampleRequest], lengths: Sequence[int]) -> None:
+def check_lengths(requests: Sequence[SampleRequest], answers: Sequence[Sequence[int]]) -> None:
     """Raise RuntimeError unless each request has generated as many tokens as were asked for."""
-    for request, length in zip(requests, lengths, strict=True):
-        if length != request.output_len:
+    for request, answer in zip(requests, answers, strict=True):
+        if len(answer) != request.output_len:
             raise RuntimeError(
-                f"the engine generated {length} tokens instead of {request.output_len}: "
+                f"the engine generated {len(answer)} tokens instead of {request.output_len}: "
                 "this is not the work that was asked for"
             )
 
