@@ -1,10 +1,10 @@
 // Attention of a step's rows with one new token each, on a paged cache.
 //
 // A block computes units: the query heads of a KV head of a row, over all or a part of the row's keys. Its warps take
-// tiles of 16 keys in turn, straight from global memory into registers, two tiles ahead. The first tiles are loaded before
-// the previous kernel ends, if they do not have the row's newest token. Their tokens, and the lengths and pages of rows,
-// were stored before the matrix product that made the queries, and a product lets its successor start only after its own
-// wait.
+// tiles of 16 keys in turn, straight from global memory into registers, TILES_AHEAD tiles ahead. The first tiles are
+// loaded before the previous kernel ends, if they do not have the row's newest token. Their tokens, and the lengths and
+// pages of rows, were stored before the matrix product that made the queries, and a product lets its successor start only
+// after its own wait.
 //
 // Defined by the compiler's options: BF16, FP8_CACHE, MAX_ROWS, NUM_BLOCKS (of the grid), BLOCKS (of a multiprocessor),
 // WARPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE (tokens of a page), HAS_WINDOWS, HAS_SOFT_CAP, SINK_BYTES (0: no
@@ -148,17 +148,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
     Span unit;
     Cache cache = {keys, values, pages};
     Walk walk = {cache, unit, 0};
-    Tile tiles[2] = {};
+    Tile tiles[TILES_AHEAD] = {};
     uint4 query_part = {};  // this thread's, of the unit's queries
     auto load_stored = [&] {  // the tiles that do not have the newest token
         cache.pages = pages + unit.row * pages_stride;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < TILES_AHEAD; ++i)
             if (walk.token(i) + TILE_KEYS < unit.length) walk.load(tiles[i], i);
     };
     auto load_rest = [&] {
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < TILES_AHEAD; ++i)
             if (walk.token(i) + TILE_KEYS >= unit.length) walk.load(tiles[i], i);
         const u16* const from = query + starts[unit.row] * query_stride + unit.head * GROUP * HEAD_DIM;
         if (threadIdx.x < GROUP * HEAD_DIM / 8) query_part = ((const uint4*)from)[threadIdx.x];

@@ -174,9 +174,9 @@ __device__ __forceinline__ void attend_unit(
                          (const Cached*)launch.table.tensor(layer, VALUES),
                          launch.pages + (i64)unit.row * launch.pages_stride};
     Walk walk = {cache, unit, 0};
-    Tile tiles[2] = {};  // of two steps, whose loads are on their way at once
+    Tile tiles[TILES_AHEAD] = {};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) walk.load(tiles[i], i);
+    for (int i = 0; i < TILES_AHEAD; ++i) walk.load(tiles[i], i);
     const float* const kv_scales = (const float*)launch.table.tensor(layer, KV_SCALES);
     const float scale = FP8_CACHE ? launch.scale * __ldg(kv_scales) : launch.scale;
     const float value_scale = FP8_CACHE ? __ldg(kv_scales + 1) : 1.f;

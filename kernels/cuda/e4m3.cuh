@@ -4,10 +4,15 @@
 
 #pragma once
 
-// Four codes -> two pairs, exact. A NaN stays NaN.
-__device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
+// Four codes -> two pairs of float16, exact. A NaN stays NaN.
+__device__ __forceinline__ void widen_to_halves(u32 codes, u32& first, u32& second) {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
         : "=r"(first), "=r"(second) : "r"(codes));
+}
+
+// Four codes -> two pairs, exact. A NaN stays NaN.
+__device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
+    widen_to_halves(codes, first, second);
 #if BF16
     float x[4];
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"

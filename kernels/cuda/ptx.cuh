@@ -50,6 +50,20 @@ __device__ __forceinline__ float half_to_float(u32 bits) {
     return f;
 }
 
+// A pair of float16, whatever the dtype.
+__device__ __forceinline__ u32 half_pair_of(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// 2^x, to some 22 bits; 0 where the result would be subnormal.
+__device__ __forceinline__ float power_of_2(float x) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+
 // Four bytes, chosen by the four bits of `selector` for each: 0 to 3 is this byte of x, and 8 to 11 is the sign (the
 // highest bit) of byte 0 to 3, in all eight bits.
 __device__ __forceinline__ u32 bytes_and_signs(u32 x, u32 selector) {
@@ -68,6 +82,14 @@ __device__ __forceinline__ float sum_of_warp(float x) {
 // sum += weights [16, 16] * inputs [16, 8]
 __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for float16, whatever the dtype.
+__device__ __forceinline__ void multiply_halves(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
         " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

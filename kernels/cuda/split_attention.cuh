@@ -10,8 +10,14 @@
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;  // below all scores, and finite
+// A weight is 2^(score - reference). A score that is higher than the reference by more than HEADROOM raises it, so far
+// that it stays for a while, as all sums must then be multiplied. Weights below LEAST, which are 2^-28 of the largest or
+// less, count as 0, so that float16 has all weights of bfloat16.
+constexpr float HEADROOM = 15.f, NEW_HEADROOM = 12.f, LEAST = 0x1p-16f;
 constexpr int TILE_KEYS = 16, ROUND = TILE_KEYS * WARPS;  // keys of a warp's tile, of all warps'
 constexpr int AT_ONCE = 8;  // splits whose results are loaded together
+constexpr int TILES_AHEAD = FP8_CACHE ? 3 : 2;  // of a warp, whose loads are on their way at once
+constexpr int TOKEN = NUM_KV_HEADS * HEAD_DIM;  // numbers of a token in the cache
 constexpr int KEY_STEPS = HEAD_DIM / 32, VALUE_PARTS = (HEAD_DIM + 63) / 64, VALUE_TILES = 4 * VALUE_PARTS;
 
 struct Span {  // the keys of a row and KV head, or a split of them
@@ -35,25 +41,27 @@ struct Tile {
 
     static __device__ __forceinline__ int key_token(int i) { return threadIdx.x % 32 / 4 + 8 * i; }
     static __device__ __forceinline__ int value_token(int i) { return 2 * (threadIdx.x % 4) + i % 2 + 8 * (i / 2); }
+    static __device__ __forceinline__ int value_dim(int part) { return 64 * part + threadIdx.x % 32 / 4 * 8; }
+    static __device__ __forceinline__ bool has_values(int part) {
+        return 64 * (part + 1) <= HEAD_DIM || value_dim(part) < HEAD_DIM;
+    }
 
-    __device__ __forceinline__ void load_keys(const Cache& cache, int head, i64 slot) {
+    // `at`: the place of the tile's first token in the cache. What differs between a lane's loads is known to the compiler.
+    __device__ __forceinline__ void load_keys(const Cache& cache, i64 at) {
+        const Cached* const mine = cache.keys + at + key_token(0) * TOKEN + threadIdx.x % 4 * 8;
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int s = 0; s < KEY_STEPS; ++s) {
-                const i64 at = ((slot + key_token(i)) * NUM_KV_HEADS + head) * HEAD_DIM + 32 * s + threadIdx.x % 4 * 8;
-                keys[i][s] = load_eight(cache.keys + at);
-            }
+            for (int s = 0; s < KEY_STEPS; ++s) keys[i][s] = load_eight(mine + 8 * i * TOKEN + 32 * s);
     }
-    __device__ __forceinline__ void load_values(const Cache& cache, int head, i64 slot) {
+    __device__ __forceinline__ void load_values(const Cache& cache, i64 at) {
+        const Cached* const mine = cache.values + at + value_token(0) * TOKEN + value_dim(0);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
             for (int p = 0; p < VALUE_PARTS; ++p) {
-                const int dim = 64 * p + threadIdx.x % 32 / 4 * 8;
                 values[i][p] = Eight();
-                const i64 at = ((slot + value_token(i)) * NUM_KV_HEADS + head) * HEAD_DIM + dim;
-                if (dim < HEAD_DIM) values[i][p] = load_eight(cache.values + at);
+                if (has_values(p)) values[i][p] = load_eight(mine + (i % 2 + 8 * (i / 2)) * TOKEN + 64 * p);
             }
     }
     // The step's own token is not in the cache yet, and values behind it may be NaN.
@@ -67,8 +75,7 @@ struct Tile {
         for (int i = 0; i < 4; ++i)
 #pragma unroll
             for (int p = 0; p < VALUE_PARTS; ++p) {
-                const int dim = 64 * p + threadIdx.x % 32 / 4 * 8;
-                if (value_token(i) == newest && dim < HEAD_DIM) values[i][p] = *(const Eight*)(value + dim);
+                if (value_token(i) == newest && has_values(p)) values[i][p] = *(const Eight*)(value + value_dim(p));
                 if (value_token(i) > newest) values[i][p] = Eight();
             }
     }
@@ -94,8 +101,8 @@ struct Walk {
     }
     // Begin to load tile `index`, if there is one. All lanes of the warp call this for 0, 1, 2 and so on.
     __device__ __forceinline__ void load(Tile& tile, int index) {
-        const i64 at = slot(index);
-        if (has(index)) tile.load_keys(cache, unit.head, at), tile.load_values(cache, unit.head, at);
+        const i64 at = slot(index) * TOKEN + unit.head * HEAD_DIM;
+        if (has(index)) tile.load_keys(cache, at), tile.load_values(cache, at);
     }
 };
 
@@ -104,23 +111,74 @@ __device__ __forceinline__ float best_of_quad(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// A lane's part of the unit's queries: of head g, dims 8 l to 8 l + 7 of each 32, as the products take them. An FP8 cache
+// leaves registers to hold them.
+struct Queries {
+    const u16* heads;  // in shared memory
+    float scale;       // of the head's scores
+    uint4 held[FP8_CACHE ? KEY_STEPS : 1];
+
+    __device__ __forceinline__ Queries(const u16* heads, float scale) : heads(heads), scale(scale) {
+        if (!FP8_CACHE) return;
+#pragma unroll
+        for (int s = 0; s < KEY_STEPS; ++s) held[s] = load(s);
+        if (BECOMES_HALVES) convert();
+    }
+    __device__ __forceinline__ uint4 load(int step) const {
+        const int g = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
+        return g < GROUP ? *(const uint4*)(heads + g * HEAD_DIM + 32 * step + 8 * l) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ uint4 of(int step) const { return FP8_CACHE ? held[step] : load(step); }
+
+    __device__ __forceinline__ void convert() {
+        int largest = 0;  // the bits of the head's largest number
+#pragma unroll
+        for (int s = 0; s < KEY_STEPS; ++s)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 pair = word_of(held[s], i);
+                largest = max(largest, max((int)(pair & 0x7FFF), (int)(pair >> 16 & 0x7FFF)));
+            }
+        largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+        // Exponents of 127 are those of 1. The factor is 2^(14 - the largest exponent), and neither is subnormal.
+        const int exponent = max(largest >> 7, 15);
+        const float factor = __uint_as_float(127 + 14 + 127 - exponent << 23);
+        scale *= __uint_as_float(exponent - 14 << 23);
+#pragma unroll
+        for (int s = 0; s < KEY_STEPS; ++s) {
+            uint4& x = held[s];
+            x = make_uint4(as_halves(x.x, factor), as_halves(x.y, factor), as_halves(x.z, factor), as_halves(x.w, factor));
+        }
+    }
+};
+
 struct Attention {  // a warp's result
     float sum[VALUE_TILES][4];  // [4 p + j / 2][2 (j % 2) + i]: dim 64 p + 8 g + j of head 2 l + i
-    float best, total;          // of head g, in base 2; the total is of this lane's keys
+    float best, total;          // the reference of head g, in base 2; the total is of this lane's keys
 
+    __device__ __forceinline__ void raise(float higher) {
+        const int l = threadIdx.x % 4;
+        const float decay = power_of_2(best - higher);
+        best = higher, total *= decay;
+        const float decays[2] = {__shfl_sync(~0u, decay, 8 * l), __shfl_sync(~0u, decay, 8 * l + 4)};
+#pragma unroll
+        for (int t = 0; t < VALUE_TILES; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[t][i] *= decays[i % 2];
+    }
     __device__ __forceinline__ void add(
-        const Tile& tile, const u16* heads, int token, const Span& unit, float scale, float soft_cap) {
-        const int g = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
+        const Tile& tile, const Queries& queries, int token, const Span& unit, float soft_cap) {
         float scores[2][4] = {}, others[2][4] = {};  // of half the dims each
 #pragma unroll
         for (int s = 0; s < KEY_STEPS; ++s) {
-            uint4 query = make_uint4(0, 0, 0, 0);
-            if (g < GROUP) query = *(const uint4*)(heads + g * HEAD_DIM + 32 * s + 8 * l);
+            const uint4 query = queries.of(s);
             const u32 first[4] = {query.x, 0, query.y, 0}, second[4] = {query.z, 0, query.w, 0};
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const uint4 pairs = pairs_of(tile.keys[i][s]);
-                multiply(scores[i], first, pairs.x, pairs.y), multiply(others[i], second, pairs.z, pairs.w);
+                multiply_cached(scores[i], first, pairs.x, pairs.y);
+                multiply_cached(others[i], second, pairs.z, pairs.w);
             }
         }
         float highest = LOWEST;
@@ -128,46 +186,50 @@ struct Attention {  // a warp's result
         for (int i = 0; i < 4; ++i) {
             float& score = scores[i / 2][i % 2];
             const int at = token + 8 * (i / 2) + 2 * (threadIdx.x % 4) + i % 2;
-            score = (score + others[i / 2][i % 2]) * scale;
+            score = (score + others[i / 2][i % 2]) * queries.scale;
             if (HAS_SOFT_CAP) score = soft_cap * tanhf(score / soft_cap);
             score = at >= unit.first && at < unit.last ? score * LOG2_E : LOWEST;
             highest = fmaxf(highest, score);
         }
-        const float higher = fmaxf(best, best_of_quad(highest)), decay = exp2f(best - higher);
-        best = higher, total *= decay;
+        highest = best_of_quad(highest);
+        const bool is_higher = highest > best + HEADROOM;
+        if (__any_sync(~0u, is_higher)) raise(is_higher ? highest - NEW_HEADROOM : best);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total += scores[i / 2][i % 2] = exp2f(scores[i / 2][i % 2] - higher);
+        for (int i = 0; i < 4; ++i) {
+            float& score = scores[i / 2][i % 2];
+            const float weight = power_of_2(score - best);
+            total += score = weight < LEAST ? 0.f : weight;
+        }
         // Weights are the right operand of the next product as they are, and values the left operand.
-        const u32 low = pair_of(scores[0][0], scores[0][1]), high = pair_of(scores[1][0], scores[1][1]);
-        const float decays[2] = {__shfl_sync(~0u, decay, 8 * l), __shfl_sync(~0u, decay, 8 * l + 4)};
+        u32 low = pair_of(scores[0][0], scores[0][1]), high = pair_of(scores[1][0], scores[1][1]);
+        if (BECOMES_HALVES) low = as_halves(low, 1.f), high = as_halves(high, 1.f);
 #pragma unroll
         for (int t = 0; t < VALUE_TILES; ++t) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[t][i] *= decays[i % 2];
             u32 values[4];  // pairs of two tokens
             pairs_across(tile.values[0][t / 4], tile.values[1][t / 4], t % 4, values[0], values[1]);
             pairs_across(tile.values[2][t / 4], tile.values[3][t / 4], t % 4, values[2], values[3]);
-            multiply(sum[t], values, low, high);
+            multiply_cached(sum[t], values, low, high);
         }
     }
 };
 
-// A warp's attention over its tiles of a unit, of which the first two are loaded. queries: of the unit's heads, in shared
+// A warp's attention over its tiles of a unit, of which the first TILES_AHEAD are loaded. queries: of the unit's heads, in shared
 // memory. finish(tile, newest): corrects the tile that has the row's newest token, or tokens behind it.
 template <class FINISH>
 __device__ __forceinline__ Attention attend_tiles(
-    Walk& walk, const Span& unit, Tile (&tiles)[2], const u16* queries, float scale, float soft_cap,
+    Walk& walk, const Span& unit, Tile (&tiles)[TILES_AHEAD], const u16* queries, float scale, float soft_cap,
     const FINISH& finish) {
     Attention result = {};
     result.best = LOWEST;
-    for (int first = 0; walk.has(first); first += 2) {
+    const Queries held(queries, scale);
+    for (int first = 0; walk.has(first); first += TILES_AHEAD) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < TILES_AHEAD; ++k) {
             const int i = first + k, token = walk.token(i);
             if (!walk.has(i)) break;
             if (token + TILE_KEYS >= unit.length) finish(tiles[k], unit.length - 1 - token);
-            result.add(tiles[k], queries, token, unit, scale, soft_cap);
-            walk.load(tiles[k], i + 2);
+            result.add(tiles[k], held, token, unit, soft_cap);
+            walk.load(tiles[k], i + TILES_AHEAD);
         }
     }
     return result;
@@ -179,17 +241,17 @@ struct Merged {
 
     __device__ __forceinline__ explicit Merged(float best) : best(best), total(0.f), low(0.f), high(0.f) {}
     __device__ __forceinline__ void add(float its_best, float its_total, float2 x) {
-        const float share = exp2f(its_best - best);
+        const float share = power_of_2(its_best - best);
         total += its_total * share, low += x.x * share, high += x.y * share;
     }
     __device__ __forceinline__ void raise(float higher) {  // the best of all
-        const float share = exp2f(best - higher);
+        const float share = power_of_2(best - higher);
         total *= share, low *= share, high *= share, best = higher;
     }
     // A sink is a further logit, without a value. The logit may be far above all scores.
     __device__ __forceinline__ void add_sink(float sink) {
         raise(fmaxf(best, sink * LOG2_E));
-        total += exp2f(sink * LOG2_E - best);
+        total += power_of_2(sink * LOG2_E - best);
     }
     __device__ __forceinline__ u32 result(float value_scale) const {  // two dims
         const float share = total > 0.f ? value_scale / total : 0.f;  // a row without tokens sees no keys

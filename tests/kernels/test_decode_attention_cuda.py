@@ -124,10 +124,21 @@ def test_rows_of_any_step(
         assert (found[~is_single] == 7).all()
     assert not counters.of_rows(1, query.device).any()
     if is_fp8:  # as with the same numbers in 16 bits, to the bit
-        plain, wide = torch.full_like(query, 7.0), torch.full_like(query, 7.0)
-        attend(query, codes, attn, score._replace(kv_scales=None), plain)
-        attend(query, codes.to(dtype), attn, score._replace(kv_scales=None), wide)
-        assert torch.equal(plain, wide)
+        score = score._replace(kv_scales=None)
+        for its_query in (query, of_many_sizes(query)):
+            plain, wide = torch.full_like(query, 7.0), torch.full_like(query, 7.0)
+            attend(its_query, codes, attn, score, plain)
+            attend(its_query, codes.to(dtype), attn, score, wide)
+            assert torch.equal(plain, wide)
+
+
+def of_many_sizes(query: Tensor) -> Tensor:
+    """Heads of huge, tiny, no and ordinary numbers, which differ in size within a head, too."""
+    size, spread = (90, 20) if query.dtype == torch.bfloat16 else (8, 5)
+    factors = torch.tensor([2.0**size, 2.0**-size, 0.0, 1.0])
+    of_heads = factors[torch.arange(query.shape[1]) % 4, None]
+    shifts = torch.randint(-spread, 1, query.shape[1:])
+    return (query.float() * of_heads * 2.0**shifts).to(query.dtype)
 
 
 def test_other_steps_are_left_to_triton() -> None:

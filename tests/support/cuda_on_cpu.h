@@ -92,7 +92,7 @@ template <class T> T __shfl_sync(u32, T x, int lane) {
     __syncwarp();
     return found;
 }
-inline float __shfl_xor_sync(u32 mask, float x, int lanes) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ lanes); }
+template <class T> T __shfl_xor_sync(u32 mask, T x, int lanes) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ lanes); }
 
 // -- arithmetic ----------------------------------------------------------------------------------------
 
@@ -127,12 +127,8 @@ inline float half_to_float(u32 bits) {
                                         : std::ldexp((float)(1024 + digits), exponent - 25);
     return bits & 0x8000 ? -size : size;
 }
-inline u32 rounded(float f) {  // to the nearest 16-bit float, its bits
+inline u32 half_of(float f) {  // the nearest float16, its bits
     if (f != f) return 0x7FFF;
-#if BF16
-    const u32 bits = bits_of(f);
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-#else
     const u32 sign = bits_of(f) >> 16 & 0x8000;
     const float size = std::fabs(f);
     if (size >= 65520.f) return sign | 0x7C00;
@@ -141,6 +137,14 @@ inline u32 rounded(float f) {  // to the nearest 16-bit float, its bits
     exponent = std::max(exponent - 1, -14);
     const u32 digits = (u32)std::nearbyint(std::ldexp(size, 10 - exponent));
     return sign | (digits < 1024 ? digits : ((exponent + 15) << 10) + digits - 1024);
+}
+inline u32 rounded(float f) {  // to the nearest 16-bit float, its bits
+#if BF16
+    if (f != f) return 0x7FFF;
+    const u32 bits = bits_of(f);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+#else
+    return half_of(f);
 #endif
 }
 inline float value_of(u32 bits) {
@@ -153,9 +157,14 @@ inline float value_of(u32 bits) {
 inline float low(u32 pair) { return value_of(pair & 0xFFFF); }
 inline float high(u32 pair) { return value_of(pair >> 16); }
 inline u32 pair_of(float first, float second) { return rounded(first) | rounded(second) << 16; }
+inline u32 half_pair_of(float first, float second) { return half_of(first) | half_of(second) << 16; }
 inline u32 subtract(u32 a, u32 b) { return pair_of(low(a) - low(b), high(a) - high(b)); }
 inline u32 times(u32 a, u32 b) { return pair_of(low(a) * low(b), high(a) * high(b)); }
 
+inline float power_of_2(float x) {
+    const float found = std::exp2(x);
+    return found < 0x1p-126f ? 0.f : found;
+}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 inline float sum_of_warp(float x) {
@@ -169,8 +178,10 @@ inline float sum_of_warp(float x) {
     return x;
 }
 
-// mma.m16n8k16: sum += weights [16, 16] * inputs [16, 8]
-inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+// mma.m16n8k16: sum += weights [16, 16] * inputs [16, 8]; number: the value of the bits of one of them
+template <class NUMBER> void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1, NUMBER number) {
+    auto low = [&](u32 pair) { return (double)number(pair & 0xFFFF); };
+    auto high = [&](u32 pair) { return (double)number(pair >> 16); };
     const unsigned self = me, first = self / 32 * 32, lane = self % 32;
     operands[self] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     __syncwarp();
@@ -180,11 +191,16 @@ inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         for (int k = 0; k < 8; ++k) {  // pairs of inputs
             const u32 weights = operands[first + 4 * row + k % 4].a[2 * (k / 4) + i / 2];
             const u32 inputs = operands[first + 4 * column + k % 4].b[k / 4];
-            total += (double)low(weights) * low(inputs) + (double)high(weights) * high(inputs);
+            total += low(weights) * low(inputs) + high(weights) * high(inputs);
         }
         sum[i] = (float)total;
     }
     __syncwarp();
+}
+
+inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply(sum, a, b0, b1, value_of); }
+inline void multiply_halves(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    multiply(sum, a, b0, b1, half_to_float);
 }
 
 // -- memory --------------------------------------------------------------------------------------------

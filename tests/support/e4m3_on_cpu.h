@@ -11,6 +11,18 @@ inline void widen(u32 codes, u32& first, u32& second) {
     auto number = [&](int i) { return number_of_e4m3(codes >> 8 * i & 0xFF); };
     first = pair_of(number(0), number(1)), second = pair_of(number(2), number(3));
 }
+inline void widen_to_halves(u32 codes, u32& first, u32& second) {
+    auto half = [&](int i) -> u32 {
+        const float number = number_of_e4m3(codes >> 8 * i & 0xFF);
+        const u32 sign = std::signbit(number) ? 0x8000 : 0;
+        if (std::isnan(number)) return 0x7FFF;
+        if (number == 0.f) return sign;
+        int exponent;
+        const float digits = std::frexp(std::fabs(number), &exponent);  // all numbers are normal halves
+        return sign | (exponent + 14) << 10 | (u32)(digits * 2048.f - 1024.f);
+    };
+    first = half(0) | half(1) << 16, second = half(2) | half(3) << 16;
+}
 inline u8 e4m3_of(float x) {
     if (std::isnan(x)) return 0x7F;
     const float size = std::min(std::fabs(x), 448.f);
