@@ -25,8 +25,11 @@ def route_in_torch(
     top_groups: int = 1,
     eps: float = 0.0,
     scale: float = 1.0,
+    has_shared: bool = False,
+    shared_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `moe_route`."""
+    num_experts = logits.shape[1]
     logits = logits.float()
     score = logits.softmax(-1) if scores == "softmax" else logits.sigmoid()
     # Logits have the same order as scores, but are not rounded. Groups need sums of scores.
@@ -39,7 +42,13 @@ def route_in_torch(
     weights = score.gather(-1, ids)
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
-    return ids.int(), weights * scale
+    weights = weights * scale
+    if has_shared:
+        ids = F.pad(ids, (0, 1), value=num_experts)
+        weights = F.pad(weights, (0, 1), value=1.0)
+        if shared_logit is not None:
+            weights[:, -1:] = shared_logit.sigmoid()
+    return ids.int(), weights
 
 
 def _within_best_groups(ranked: Tensor, num_groups: int, top_groups: int) -> Tensor:
@@ -92,8 +101,20 @@ def _gated(gate: Tensor, up: Tensor, alpha: float, limit: float, activation: str
     return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
 
 
-def _route_fake(logits: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor]:
-    shape = logits.shape[0], top_k
+def _route_fake(
+    logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    scores: str = "softmax",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    has_shared: bool = False,
+    shared_logit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    shape = logits.shape[0], top_k + has_shared
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
 
 
@@ -108,6 +129,8 @@ def moe_route(
     top_groups: int = 1,
     eps: float = 0.0,
     scale: float = 1.0,
+    has_shared: bool = False,
+    shared_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the `top_k` experts with the largest scores, and their weights. Ties: lowest index.
 
@@ -119,10 +142,12 @@ def moe_route(
 
     The weights are the scores of the chosen experts. With `renormalize`, the weights are divided by
     their sum plus `eps`. Then the weights are multiplied by `scale`. A token with a NaN logit has a
-    NaN weight. Returns ids int32 and weights float32, both [tokens, top_k] in the order of the
-    choice, the best expert first.
+    NaN weight. has_shared: each token also uses one more expert, whose index is the number of the
+    others; its weight is the sigmoid of shared_logit, float32 [tokens, 1], or 1 without one.
+    Returns ids int32 and weights float32, both [tokens, top_k or top_k + 1] in the order of the
+    choice: the best expert first, the shared expert last.
     """
-    options = bias, scores, num_groups, top_groups, eps, scale
+    options = bias, scores, num_groups, top_groups, eps, scale, has_shared, shared_logit
     if logits.is_cuda:
         from compiledllm.kernels.moe_routing_triton import route
 

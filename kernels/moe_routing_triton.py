@@ -97,21 +97,23 @@ def _within_best_groups(
 
 @triton.jit
 def _route_kernel(
-    logits, bias, ids, weights, row_stride, num_experts, eps, scale, TOP_K: tl.constexpr,
-    RENORMALIZE: tl.constexpr, IS_SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr,
+    logits, bias, shared_logit, ids, weights, row_stride, num_experts, eps, scale,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, IS_SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_SHARED_LOGIT: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Choose a token's experts, and compute their weights. See `moe.moe_route`.
 
-    EXPERTS, PLACES, GROUPS: `num_experts`, TOP_K and NUM_GROUPS, rounded up to powers of two.
+    EXPERTS, PLACES, GROUPS: `num_experts`, TOP_K + HAS_SHARED and NUM_GROUPS, rounded up to powers
+    of two.
     """
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
-    is_expert, is_place = expert < num_experts, place < TOP_K
+    is_expert, is_place = expert < num_experts, place < TOP_K + HAS_SHARED
     logit = tl.load(logits + token * row_stride + expert, is_expert, other=0.0).to(tl.float32)
     if IS_SIGMOID:
         score = 1 / (1 + tl.exp(-logit))
@@ -142,9 +144,16 @@ def _route_kernel(
     total = all_scores
     if RENORMALIZE:
         total = tl.sum(best_scores, 0) + eps * all_scores
-    target = token * TOP_K + place
+    best_weights = best_scores / total * scale
+    if HAS_SHARED:
+        share = 1.0
+        if HAS_SHARED_LOGIT:
+            share = 1 / (1 + tl.exp(-tl.load(shared_logit + token)))
+        best_ids = tl.where(place == TOP_K, num_experts, best_ids)
+        best_weights = tl.where(place == TOP_K, share, best_weights)
+    target = token * (TOP_K + HAS_SHARED) + place
     tl.store(ids + target, best_ids, is_place)
-    tl.store(weights + target, best_scores / total * scale, is_place)
+    tl.store(weights + target, best_weights, is_place)
 
 
 def route(
@@ -157,18 +166,25 @@ def route(
     top_groups: int = 1,
     eps: float = 0.0,
     scale: float = 1.0,
+    has_shared: bool = False,
+    shared_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `moe.moe_route`."""
     num_tokens, num_experts = logits.shape
     assert top_k <= num_experts and logits.stride(1) == 1
-    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
+    assert shared_logit is None or shared_logit.is_contiguous()
+    num_places = top_k + has_shared
+    ids = torch.empty(num_tokens, num_places, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(num_tokens, num_places, dtype=torch.float32, device=logits.device)
     if num_tokens:
         _route_kernel[(num_tokens,)](
-            logits, logits if bias is None else bias, ids, weights, logits.stride(0), num_experts,
-            eps, scale, TOP_K=top_k, RENORMALIZE=renormalize, IS_SIGMOID=scores == "sigmoid",
-            HAS_BIAS=bias is not None, NUM_GROUPS=num_groups, TOP_GROUPS=top_groups,
-            EXPERTS=triton.next_power_of_2(num_experts), PLACES=triton.next_power_of_2(top_k),
+            logits, logits if bias is None else bias,
+            logits if shared_logit is None else shared_logit, ids, weights, logits.stride(0),
+            num_experts, eps, scale, TOP_K=top_k, RENORMALIZE=renormalize,
+            IS_SIGMOID=scores == "sigmoid", HAS_BIAS=bias is not None, HAS_SHARED=has_shared,
+            HAS_SHARED_LOGIT=shared_logit is not None, NUM_GROUPS=num_groups,
+            TOP_GROUPS=top_groups, EXPERTS=triton.next_power_of_2(num_experts),
+            PLACES=triton.next_power_of_2(num_places),
             GROUPS=triton.next_power_of_2(num_groups), num_warps=1, **launch_options(),
         )  # fmt: skip
     return ids, weights

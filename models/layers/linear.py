@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from compiledllm.kernels.linear import linear
 from compiledllm.models.formats.mixed import Mixed
+from compiledllm.models.formats.plain import Plain
 from compiledllm.models.formats.weight_format import (
     MatrixFormat,
     Params,
@@ -144,6 +146,19 @@ class Linear(Matrix):
         """x [rows, inputs] -> [rows, outputs from first_row on]."""
         bias = self.bias[first_row:] if self.bias is not None and first_row else self.bias
         return self.format.product(x, self.params, bias, first_row)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """x [rows, inputs] -> [rows, outputs], float32, for a layer of one output or so.
+
+        The compiler fuses the sums of an unquantised matrix with the operation that makes x, where
+        a product would be a launch of its own.
+        """
+        if isinstance(self.format, Plain) and self.format.multiply is linear:
+            (weight,) = self.params
+            assert weight is not None and self.bias is None
+            return (x.unsqueeze(1).float() * weight.float()).sum(-1)
+        product: Tensor = self(x)
+        return product.float()
 
     def by_part(self, x: Tensor) -> list[Tensor]:
         """x [rows, inputs] -> [rows, outputs] of each part, views of one product where possible."""

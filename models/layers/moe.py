@@ -52,12 +52,8 @@ class MoeMlp(nn.Module):
 
         routed: the router's input, [tokens, hidden]; None: x.
         """
-        ids, weights = self._route(x if routed is None else routed)
-        share = None if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
-        if self.joins_experts:
-            ids = torch.cat((ids, torch.full_like(ids[:, :1], self.spec.num_experts)), dim=1)
-            own = torch.ones_like(weights[:, :1]) if share is None else share.float()
-            weights = torch.cat((weights, own), dim=1)
+        shared_logit = None if self.shared_gate is None else self.shared_gate.sums(x)
+        ids, weights = self._route(x if routed is None else routed, shared_logit)
         gate_up, down = self.gate_up, self.down
         biases = gate_up.bias, down.bias
         params = gate_up.params, down.params, down.format
@@ -72,10 +68,12 @@ class MoeMlp(nn.Module):
         if self.shared is None or self.joins_experts:
             return out
         shared: Tensor = self.shared(x)
-        return out + (shared if share is None else share * shared)
+        if shared_logit is not None:
+            shared = shared_logit.sigmoid().to(x.dtype) * shared
+        return out + shared
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and float32 weights of each token's experts, [tokens, top_k]."""
+    def _route(self, x: Tensor, shared_logit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and float32 weights of each token's experts, the joined shared expert last."""
         router = self.spec.router
         ids, weights = moe_route(
             self.router(x.float() if router.in_float32 else x),
@@ -87,6 +85,8 @@ class MoeMlp(nn.Module):
             router.top_groups,
             router.eps,
             router.scale,
+            self.joins_experts,
+            shared_logit if self.joins_experts else None,
         )
         return ids, weights if self.expert_scales is None else weights * self.expert_scales[ids]
 

@@ -70,6 +70,23 @@ def test_scores_biases_and_groups_choose_as_in_torch(
     assert max(len(set(row)) for row in groups.tolist()) <= top_groups
 
 
+@pytest.mark.parametrize("has_logit", [True, False])
+@pytest.mark.parametrize("top_k", [3, 4])
+def test_a_shared_expert_is_the_last_of_each_token(top_k: int, has_logit: bool) -> None:
+    torch.manual_seed(top_k)
+    logits = torch.randn(5, 12, device=DEVICE)
+    logit = torch.randn(5, 1, device=DEVICE) if has_logit else None
+    options = None, "sigmoid", 1, 1, 1e-20, 2.5
+    ids, weights = routing.route(logits, top_k, True, *options, True, logit)
+    others = routing.route(logits, top_k, True, *options)
+    torch.testing.assert_close((ids[:, :-1], weights[:, :-1]), others)
+    assert ids[:, -1].tolist() == [12] * 5
+    expected = torch.ones(5, device=DEVICE) if logit is None else logit.sigmoid()[:, 0]
+    torch.testing.assert_close(weights[:, -1], expected)
+    expected_both = route_in_torch(logits, top_k, True, *options, True, logit)
+    torch.testing.assert_close((ids, weights), expected_both)
+
+
 def odd_logits() -> Tensor:
     """Rows of 12: equal, zeros of both signs, with and of NaN, with and of each infinity."""
     logits = torch.zeros(8, 12, device=DEVICE)
@@ -99,7 +116,7 @@ def test_the_op_routes() -> None:
     logits = torch.randn(3, 8, device=DEVICE)
     torch.testing.assert_close(moe_route(logits, 2, True), route_in_torch(logits, 2, True))
     bias = torch.rand(8, device=DEVICE)
-    options = logits, 2, True, bias, "sigmoid", 4, 2, 1e-20, 2.5
+    options = logits, 2, True, bias, "sigmoid", 4, 2, 1e-20, 2.5, True, logits[:, :1].clone()
     torch.testing.assert_close(moe_route(*options), route_in_torch(*options))
     torch.library.opcheck(torch.ops.compiledllm.moe_route.default, options)
 

@@ -59,6 +59,7 @@ TYPES = {
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "named_ids": "*i64",
+    "shared_logit": "*fp32",
     "packed": "*i32", "num_named": "i32", "group_peaks": "*fp32",
     "tokens": "*i64", "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "group_table": "*i32",
@@ -145,7 +146,8 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for experts, top_k, renormalize in ((128, 8, True), (64, 4, False), (8, 2, True)):
         check(
             routing._route_kernel, dtype, num_warps=1, TOP_K=top_k, RENORMALIZE=renormalize,
-            EXPERTS=experts, PLACES=top_k, IS_SIGMOID=renormalize, HAS_BIAS=renormalize,
+            EXPERTS=experts, PLACES=2 * top_k if renormalize else top_k, IS_SIGMOID=renormalize,
+            HAS_BIAS=renormalize, HAS_SHARED=renormalize, HAS_SHARED_LOGIT=experts == 128,
             NUM_GROUPS=8 if renormalize else 1, TOP_GROUPS=4, GROUPS=8,
         )
     for rows in (1, 8, 16, 32) if dtype == "bf16" else ():
