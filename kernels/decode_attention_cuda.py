@@ -15,6 +15,7 @@ from compiledllm.kernels.launch import is_hopper, launch_options, num_multiproce
 
 _MAX_ROWS = 1024
 _FEW_ROWS = 16
+_MAX_HEAD_DIM = 256
 
 
 def kernel_for(
@@ -25,7 +26,7 @@ def kernel_for(
     num_heads, is_fp8 = query.shape[1], kv_cache.dtype == FP8
     if not is_hopper() or query.dtype.itemsize != 2 or kv_cache.dtype not in (query.dtype, FP8):
         return None
-    if options.in_chunks or head_dim not in (32, 64, 96, 128) or block_size % 16:
+    if options.in_chunks or head_dim % 32 or head_dim > _MAX_HEAD_DIM or block_size % 16:
         return None
     num_rows = _num_rows(query, attn)
     if num_heads // num_kv_heads > 8 or num_rows > _MAX_ROWS:
@@ -49,7 +50,7 @@ def _blocks_and_warps(num_rows: int, head_dim: int) -> tuple[int, int]:
 
     Caches in 16 bits and in FP8 have the same, so that their keys are split and added alike.
     """
-    if num_rows <= _FEW_ROWS:
+    if num_rows <= _FEW_ROWS or head_dim > 128:
         return 1, 8
     return (3, 4) if head_dim <= 64 else (2, 4)
 
@@ -70,8 +71,10 @@ def _kernel(
         "HAS_WINDOWS": has_window, "HAS_SOFT_CAP": has_soft_cap, "SINK_BYTES": sink_bytes,
         "OVERLAP": launch_options()["OVERLAP"],
     }  # fmt: skip
+    shared_bytes = 4 * warps * (num_heads // num_kv_heads) * (head_dim + 2)
     instead = "Triton's kernel, which is slower, computes the attention of decode steps"
-    return kernel_unless_broken(instead, "decode_attention.cu", "decode_attention", options)
+    name = "decode_attention"
+    return kernel_unless_broken(instead, f"{name}.cu", name, options, shared_bytes)
 
 
 def attend(

@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
     const void* sinks, const float* kv_scales, u16* out, float* of_splits, u32* arrivals, i64 query_stride,
     i64 pages_stride, int num_rows, int window, float scale, float soft_cap) {
     __shared__ uint4 queries[GROUP * HEAD_DIM / 8];
-    __shared__ float2 of_warps[WARPS * GROUP * (HEAD_DIM / 2 + 1)];
+    extern __shared__ __align__(16) u8 of_warps[];  // float [WARPS, GROUP, HEAD_DIM + 2]
     __shared__ float small[1];
     if (OVERLAP) release_successor();
     __shared__ int ends[MAX_ROWS + 1], lengths_of_rows[MAX_ROWS], counts[MAX_ROWS + 1];

@@ -16,7 +16,7 @@ constexpr float LOWEST = -1e30f;  // below all scores, and finite
 constexpr float HEADROOM = 15.f, NEW_HEADROOM = 12.f, LEAST = 0x1p-16f;
 constexpr int TILE_KEYS = 16, ROUND = TILE_KEYS * WARPS;  // keys of a warp's tile, of all warps'
 constexpr int AT_ONCE = 8;  // splits whose results are loaded together
-constexpr int TILES_AHEAD = FP8_CACHE ? 3 : 2;  // of a warp, whose loads are on their way at once
+constexpr int TILES_AHEAD = HEAD_DIM > 128 ? 1 : FP8_CACHE ? 3 : 2;  // of a warp, in registers or on their way
 constexpr int TOKEN = NUM_KV_HEADS * HEAD_DIM;  // numbers of a token in the cache
 constexpr int KEY_STEPS = HEAD_DIM / 32, VALUE_PARTS = (HEAD_DIM + 63) / 64, VALUE_TILES = 4 * VALUE_PARTS;
 
@@ -91,17 +91,18 @@ struct Walk {
         return unit.first / TILE_KEYS * TILE_KEYS + (index * WARPS + (int)threadIdx.x / 32) * TILE_KEYS;
     }
     __device__ __forceinline__ bool has(int index) const { return token(index) < unit.last; }
-    __device__ __forceinline__ i64 slot(int index) {
+    // Where tile `index` begins in the cache. All lanes of the warp call this for 0, 1, 2 and so on.
+    __device__ __forceinline__ i64 place(int index) {
         if (index % 32 == 0) {
             const int mine = token(index + threadIdx.x % 32);
             pages = mine < unit.last ? cache.pages[mine / BLOCK_SIZE] : 0;
         }
         const int page = __shfl_sync(~0u, pages, index % 32);
-        return (i64)page * BLOCK_SIZE + token(index) % BLOCK_SIZE;
+        return ((i64)page * BLOCK_SIZE + token(index) % BLOCK_SIZE) * TOKEN + unit.head * HEAD_DIM;
     }
-    // Begin to load tile `index`, if there is one. All lanes of the warp call this for 0, 1, 2 and so on.
+    // Begin to load tile `index`, if there is one.
     __device__ __forceinline__ void load(Tile& tile, int index) {
-        const i64 at = slot(index) * TOKEN + unit.head * HEAD_DIM;
+        const i64 at = place(index);
         if (has(index)) tile.load_keys(cache, at), tile.load_values(cache, at);
     }
 };
@@ -167,8 +168,10 @@ struct Attention {  // a warp's result
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[t][i] *= decays[i % 2];
     }
+    // then: is called as soon as the tile's keys are no longer needed.
+    template <class THEN>
     __device__ __forceinline__ void add(
-        const Tile& tile, const Queries& queries, int token, const Span& unit, float soft_cap) {
+        const Tile& tile, const Queries& queries, int token, const Span& unit, float soft_cap, const THEN& then) {
         float scores[2][4] = {}, others[2][4] = {};  // of half the dims each
 #pragma unroll
         for (int s = 0; s < KEY_STEPS; ++s) {
@@ -181,6 +184,7 @@ struct Attention {  // a warp's result
                 multiply_cached(others[i], second, pairs.z, pairs.w);
             }
         }
+        then();
         float highest = LOWEST;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -228,8 +232,17 @@ __device__ __forceinline__ Attention attend_tiles(
             const int i = first + k, token = walk.token(i);
             if (!walk.has(i)) break;
             if (token + TILE_KEYS >= unit.length) finish(tiles[k], unit.length - 1 - token);
-            result.add(tiles[k], held, token, unit, soft_cap);
-            walk.load(tiles[k], i + TILES_AHEAD);
+            if constexpr (TILES_AHEAD > 1) {
+                result.add(tiles[k], held, token, unit, soft_cap, [] {});
+                walk.load(tiles[k], i + TILES_AHEAD);
+            } else {  // keys are on their way while values are multiplied
+                const i64 next = walk.place(i + 1);
+                const bool has_next = walk.has(i + 1);
+                result.add(tiles[k], held, token, unit, soft_cap, [&] {
+                    if (has_next) tiles[k].load_keys(walk.cache, next);
+                });
+                if (has_next) tiles[k].load_values(walk.cache, next);
+            }
         }
     }
     return result;

@@ -37,6 +37,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         ([16, 128, 0, 129, 2000, 5, 700, 33], (9, 3), 64, 16, torch.bfloat16, {"window": 100}),
         ([500, 40], (16, 2), 96, 64, torch.bfloat16, {"sinks": True}),
         ([260] * 3, (4, 1), 32, 16, torch.float16, {"sinks": True, "window": 256}),
+        ([700, 3], (16, 2), 256, 16, torch.bfloat16, {"soft_cap": 20.0}),
     ],
     ids=str,
 )
@@ -88,6 +89,7 @@ ROWS = [(1, 300), (1, 17), (3, 40), (1, 1), (0, 0), (1, 700), (1, 64), (70, 130)
         ((10, 2), 64, torch.float16, {"soft_cap": 3.0, "window": 100}),
         ((4, 4), 96, torch.bfloat16, {"sinks": True}),
         ((8, 1), 32, torch.bfloat16, {"sinks": True, "window": 256}),
+        ((6, 2), 192, torch.bfloat16, {"window": 100}),
     ],
     ids=str,
 )
