@@ -14,6 +14,7 @@ quantised matrix by one `QuantizedMatrix`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -46,6 +47,8 @@ from compiledllm.models.registry import family_of, scheme_of_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.staging import Copier, make_copier
 
+_NUMBER = re.compile(r"\.\d+\.")
+
 
 def load_weights(model: Decoder, checkpoint: Path) -> None:
     """Copy the checkpoint's tensors into `model`, converted to the model's dtype and device.
@@ -72,6 +75,19 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
     absent = [rules.source_of(target) for target in missing]
     way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else "; download them again"
     _report(checkpoint, "missing tensors", absent, way_out)
+
+
+def paths_of_layers(spec: ModelSpec, checkpoint: Path) -> set[str]:
+    """What stands before the layers' numbers in the names of tensors, such as "model.layers".
+
+    Empty for a model that transformers' modules run, as only they know their names.
+    """
+    if spec.implementation == "transformers":
+        return set()
+    rules = NameRules.of(family_of(spec.architecture), spec)
+    names = files_by_tensor(weight_files(checkpoint))
+    of_layers = (name for name in names if rules.target_of(name).startswith("layers."))
+    return {name[: number.start()] for name in of_layers if (number := _NUMBER.search(name))}
 
 
 def _stored(

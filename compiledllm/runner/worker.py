@@ -31,6 +31,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
 from compiledllm.models.formats.kv_scales import stored_kv_scales
 from compiledllm.models.layers.linear import Matrix
+from compiledllm.models.weights import paths_of_layers
 from compiledllm.runner.decode_step import decode_step_for, use_decode_step
 from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
 from compiledllm.runner.kv_scales import set_kv_scales
@@ -192,9 +193,11 @@ class Worker:
         return model.eval()
 
     def _set_kv_scales(self) -> Choice:
-        is_dummy = self.plan.config.requested.model.load_format == "dummy"
-        stored = {} if is_dummy else stored_kv_scales(self.plan.checkpoint)
-        return set_kv_scales(self._model, stored, self.plan.config.limits)
+        plan, stored = self.plan, dict[int, torch.Tensor]()
+        if plan.config.requested.model.load_format != "dummy":
+            paths = paths_of_layers(plan.spec.whole, plan.checkpoint)
+            stored = stored_kv_scales(plan.checkpoint, paths)
+        return set_kv_scales(self._model, stored, plan.config.limits)
 
     def _plan_memory(self) -> int:
         """Bytes of the engine's share of a GPU that other uses than the KV cache take."""

@@ -9,6 +9,7 @@ keys and values    self_attn.kv_scale, self_attn.attn.kv_scale
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.stored import quantization_config
 
 _NAME = re.compile(
-    r"(?:.+\.)?(?P<layer>\d+)\.(?:self_attn|self_attention|attn|attention)\.(?:"
+    r"(?:(?P<path>.+)\.)?(?P<layer>\d+)\.(?:self_attn|self_attention|attn|attention)\.(?:"
     r"(?:attn\.)?(?P<plain>k|v|kv)_scale"
     r"|(?P<matrix>[kv])_proj\.(?:output_scale|(?P=matrix)_scale)"
     r"|qkv_proj\.(?P<fused>k|v)_scale)"
@@ -34,17 +35,19 @@ def parse_name(name: str) -> tuple[int, str] | None:
     return int(match["layer"]), match["plain"] or match["matrix"] or match["fused"]
 
 
-def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
+def stored_kv_scales(checkpoint: Path, paths: Collection[str] = ()) -> dict[int, Tensor]:
     """Layer -> float32 [2], scales of keys and values; only layers with positive scales of both.
 
-    If a checkpoint has a scale for each head, the largest becomes the layer's. Scales of a cache
-    other than FP8 are not used. Raises ConfigError for a scale that is empty, infinite or NaN.
+    paths: the names before the numbers of the model's layers, such as "model.layers", as towers and
+    layers for multi-token prediction may have scales, too; empty: any name. If a checkpoint has a
+    scale for each head, the largest becomes the layer's. Scales of a cache other than FP8 are not
+    used. Raises ConfigError for a scale that is empty, infinite or NaN.
     """
     if stored_kv_format(checkpoint) not in ("", "fp8"):
         return {}
     found: dict[int, dict[str, float]] = {}
     for name, path in files_by_tensor(weight_files(checkpoint)).items():
-        if (parsed := parse_name(name)) is not None:
+        if (parsed := parse_name(name)) is not None and _is_of_layers(name, paths):
             layer, part = parsed
             with opened(path) as file:
                 scale = _largest(path, name, file.get_tensor(name))
@@ -54,6 +57,11 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
         for layer, scales in found.items()
         if set(scales) == {"k", "v"} and all(0 < s < float("inf") for s in scales.values())
     }
+
+
+def _is_of_layers(name: str, paths: Collection[str]) -> bool:
+    match = _NAME.fullmatch(name)
+    return match is not None and (not paths or match["path"] in paths)
 
 
 def _largest(path: Path, name: str, scales: Tensor) -> float:

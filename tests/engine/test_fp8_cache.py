@@ -198,6 +198,16 @@ def test_a_checkpoints_scales_are_used(
     engine_of(tmp_path / "scaled", kv_cache_dtype="auto")  # which has no use for them
 
 
+def test_scales_of_other_parts_of_the_checkpoint_are_not_the_layers(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = {f"model.layers.{n}.self_attn.{part}_scale": 0.25 for n in range(3) for part in "kv"}
+    others = ("mtp.layers.0.self_attn", "vision_tower.encoder.layers.1.self_attn")
+    scales = own | {f"{name}.{part}_scale": 0.5 for name in others for part in "kv"}
+    engine = engine_of(with_tensors(tiny_model("llama"), tmp_path / "scaled", scales))
+    assert scales_of(engine) == [[0.25, 0.25]] * 3
+
+
 @pytest.mark.parametrize("key_scale", [1e-4, 1e4])
 def test_scales_that_clip_or_round_off_are_replaced_with_a_warning(
     key_scale: float, tiny_model: Callable[..., Path], tmp_path: Path, caplog: Any
