@@ -42,8 +42,9 @@ def measure_step_times(
         if tokens > max_tokens or sizes[-1][1] > _MAX_OF_TARGET * target_s:
             break
         sizes.append((tokens, max(probe.fastest_s(tokens, 0), sizes[-1][1])))
-    chunk = next((tokens for tokens, s in reversed(sizes) if s <= target_s), 1)
-    position = min(_FAR_POSITION, longest - chunk)
+    position = min(_FAR_POSITION, longest // 2)
+    fitting = [(tokens, s) for tokens, s in sizes if tokens <= longest - position]
+    chunk = next((tokens for tokens, s in reversed(fitting) if s <= target_s), 1)
     read_s = pair_s = 0.0
     if position > 0:
         read_s = max(probe.fastest_s(1, position) - sizes[0][1], 0.0) / position
