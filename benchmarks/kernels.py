@@ -32,7 +32,10 @@ LAYERS = "all of the layers"  # one kernel that computes all layers of a step of
 _KINDS = (
     (LAYERS, r"^decode_step"),
     (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
-    (ATTENTION, r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution"),
+    (
+        ATTENTION,
+        r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution|state_space",
+    ),
     (PRODUCTS, r"_one_row_kernel|_few_rows_kernel|_grouped_kernel|_linear|triton_tem"),
     (PRODUCTS, r"dequantize|gemm|gemv|splitK|nvjet|cutlass|xmma|scaled_mm"),
     (PRODUCTS, r"aten::(b?mm|addmm|baddbmm|linear|matmul)|onednn|mkldnn|skinny|experts"),

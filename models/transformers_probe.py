@@ -199,6 +199,7 @@ def _make_spec(hf: Any, architecture: str, module: Any, calls: list[AttentionSpe
         bare = LayerSpec(hf.hidden_size, attn, OpaqueSpec(0, 0), NormSpec(0.0, "none"))
         total, used = (size - bare.num_parameters for size in sizes[index])
         size = getattr(hf, "intermediate_size", None) or 0
+        size = max(size) if isinstance(size, list) else size  # Gemma 3n names each layer's
         layers.append(LayerSpec(hf.hidden_size, attn, OpaqueSpec(total, used, size), bare.norm))
     spec = ModelSpec(
         architecture=architecture,

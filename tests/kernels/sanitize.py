@@ -4,7 +4,7 @@
 
 memcheck finds accesses outside a tensor or of misaligned addresses, racecheck finds threads of a
 block that use shared memory without a barrier between them. FILE: test files; default: those of
-all kernels. -k: as pytest's. Ends with 0 if no tool finds anything, 1 if one does or a test fails,
+all kernels but sums over ranks, which need two GPUs. -k: as pytest's. Ends with 0 if no tool finds anything, 1 if one does or a test fails,
 2 if there is no compute-sanitizer or no GPU.
 """
 
@@ -27,6 +27,7 @@ FILES = [
         "paged_attention_gpu", "split_attention", "rotate_store", "step_inputs", "skinny",
         "sampling", "logprobs", "penalties", "moe", "quantized_gpu", "delta_rule_gpu",
         "short_convolution", "state_space", "gated_norm", "fixed_order", "fp8_cache",
+        "dense_linear", "decode_step_gpu",
     )
 ]  # fmt: skip
 _ERRORS_FOUND = 9  # what compute-sanitizer returns, and no test run does
