@@ -262,7 +262,7 @@ MISSING: dict[str, dict[str, Any]] = {
         "quantization_config": None,
         "quantization_param_path": None,
         "kv_cache_dtype_skip_layers": None,
-        "calculate_kv_scales": False,
+        "calculate_kv_scales": EITHER,  # they are measured where the checkpoint has none
         "rope_scaling": None,
         "rope_theta": None,
         "disable_sliding_window": False,

@@ -120,6 +120,10 @@ SAME_VALUES: dict[str, dict[object, str]] = {
         "gptq_marlin": "gptq",
         "auto_gptq": "gptq",
         "modelopt_fp4": "modelopt",
+        "fp8_per_channel": "fp8",
+        "fp8_per_tensor": "fp8",  # a scale of each output, which is finer
+        "fp8_per_block": "fp8_block",
+        "int8_per_channel_weight_only": "int8",
     },
     "attention_backend": {"FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"},
     "max_model_len": {-1: "auto"},

@@ -208,6 +208,8 @@ def _shape(weight_shape: Tensor) -> tuple[int, int]:
     expect_dtype("weight_shape", weight_shape, torch.int64, torch.int32)
     expect_shape("weight_shape", weight_shape, (2,))
     n, k = weight_shape.tolist()
+    if n < 1 or k < 1:
+        raise ValueError(f"weight_shape is [{n}, {k}], expected numbers of outputs and inputs")
     return n, k
 
 

@@ -88,18 +88,21 @@ class Gatherer:
         found = {suffix[1:]: tensor.to(self._device) for suffix, tensor in tensors.items()}
         try:
             read = stored.read(found)
-            _expect_scales(read)
+            fields = [field for field in found if "scale" in field]
+            _expect_scales(read, min(fields, key=len, default="scale"))
         except ValueError as error:
             text = f"{self._checkpoint}: matrix '{matrix}': {error}"
             raise ConfigError(text if ";" in str(error) else f"{text}; {_WAY_OUT}") from error
         return read
 
 
-def _expect_scales(matrix: QuantizedMatrix) -> None:
-    """Raise ValueError if all scales are zero although not all codes are."""
-    if matrix.super_scales is not None or matrix.minima is not None:
-        return  # in these formats, a matrix of zeros may have any codes
+def _expect_scales(matrix: QuantizedMatrix, field: str) -> None:
+    """Raise ValueError if all scales are zero although not all codes are. field: their name."""
+    if matrix.minima is not None:
+        return  # in such formats, a matrix of zeros may have any codes
     if not bool(matrix.scales.float().any()):
         numbers = dequantize(replace(matrix, scales=torch.ones_like(matrix.scales)))
         if bool(numbers.any()):
-            raise ValueError("its scales are all zero, and its codes are not; the file is damaged")
+            raise ValueError(
+                f"its {field} holds only zeros, and its codes do not; the file is damaged"
+            )

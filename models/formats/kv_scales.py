@@ -85,6 +85,11 @@ def stored_kv_format(checkpoint: Path) -> str:
     if isinstance(scheme, dict):
         kind, num_bits = scheme.get("type"), scheme.get("num_bits")
         return "fp8" if (kind, num_bits) == ("float", 8) else f"{kind} of {num_bits} bits"
+    if scheme is not None:
+        raise ConfigError(
+            f"{checkpoint}: kv_cache_scheme={scheme!r:.40} is not supported (expected an object "
+            "with type and num_bits); download the checkpoint again"
+        )
     algorithm = fields.get("kv_cache_quant_algo")
     named = "" if algorithm is None else str(algorithm)
     return {"fp8": "fp8", "none": ""}.get(named.lower(), named)

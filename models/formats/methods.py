@@ -170,6 +170,8 @@ def modelopt(fields: Fields, _scale_dtype: str) -> Scheme:
     algorithm = _algorithm_of(fields)
     ignored = fields.names("ignore", "exclude_modules")
     spec, suffixes, read = _MODELOPT[algorithm]
+    if algorithm == "NVFP4":
+        fields.expect("group_size", NVFP4.group, default=NVFP4.group)
     stored = Stored(spec, tuple((suffix,) for suffix in suffixes), read, (), FP8_UNUSED)
     return Uniform(f"modelopt {algorithm}", stored, _all_but(ignored))
 

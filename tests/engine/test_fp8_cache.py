@@ -231,6 +231,17 @@ def test_a_scale_that_is_no_number_is_named(
         engine_of(model)
 
 
+def test_a_scheme_that_is_no_object_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": "fp8"}
+    model = with_tensors(
+        *(tiny_model("llama"), tmp_path / "text", {}), quantization_config=quantization
+    )
+    with pytest.raises(ConfigError, match="kv_cache_scheme='fp8' is not supported"):
+        engine_of(model)
+
+
 def test_scales_of_another_dtype_are_not_used(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -4,8 +4,8 @@
 
 memcheck finds accesses outside a tensor or of misaligned addresses, racecheck finds threads of a
 block that use shared memory without a barrier between them. FILE: test files; default: those of
-all kernels but sums over ranks, which need two GPUs. -k: as pytest's. Ends with 0 if no tool finds anything, 1 if one does or a test fails,
-2 if there is no compute-sanitizer or no GPU.
+all kernels but sums over ranks, which need two GPUs. -k: as pytest's. Ends with 0 if no tool finds
+anything, 1 if one does or a test fails, 2 if there is no compute-sanitizer or no GPU.
 """
 
 from __future__ import annotations

@@ -102,9 +102,10 @@ TENSORS: dict[str, tuple[str, Change, str]] = {
     "negative factor": ("nvfp4", put("weight_global_scale", -1), "weight_global_scale is -1, exp"),
     "negative factor 2": ("modelopt nvfp4", put("weight_scale_2", -1), "weight_scale_2 is -1"),
     "negative, FP8": ("fp8 blocks", put("weight_scale_inv", -1), "weight_scale_inv holds a negat"),
-    "zeros, FP8": ("fp8 of channels", zero("weight_scale"), "scales are all zero, and its codes"),
-    "zeros, GPTQ": ("gptq", zero("scales"), "its scales are all zero, and its codes are not"),
-    "negative shape": ("packed 4 bits", put("weight_shape", -64), "weight_packed has shape"),
+    "zeros, FP8": ("fp8 of channels", zero("weight_scale"), "its weight_scale holds only zeros"),
+    "zeros, NVFP4": ("nvfp4", zero("weight_scale"), "its weight_scale holds only zeros"),
+    "zeros, GPTQ": ("gptq", zero("scales"), "its scales holds only zeros, and its codes do not"),
+    "negative shape": ("packed 4 bits", put("weight_shape", -64), r"weight_shape is \[-64, "),
     "huge shape": ("packed 4 bits", put("weight_shape", 2**40, 1), "weight_packed has shape"),
 }
 CONFIGS: dict[str, tuple[str, Change, str]] = {
@@ -132,6 +133,11 @@ CONFIGS: dict[str, tuple[str, Change, str]] = {
         "modelopt fp8",
         lambda config: config.update(quant_algo="FP8_PER_CHANNEL_PER_TOKEN"),
         r"matrix 'model.layers.0.*weight_scale has shape \[\], expected \[\d+\] or",
+    ),
+    "groups of another size": (
+        "modelopt nvfp4",
+        lambda config: config.update(group_size=32),
+        "quantization_config: group_size=32 is not supported",
     ),
     "bad pattern to ignore": (
         "packed 4 bits",

@@ -162,6 +162,8 @@ def test_vllms_other_flags_of_our_options_are_ours() -> None:
     assert (found["tensor_parallel_size"], found["gpu_memory_utilization"]) == (1, 0.5)
     assert (found["log_level"], found["reasoning_parser"]) == ("debug", "auto")
     assert found["quantization"] == "awq"
+    for theirs, ours in (("fp8_per_block", "fp8_block"), ("int8_per_channel_weight_only", "int8")):
+        assert parse("serve", "m", "-q", theirs)["quantization"] == ours
 
 
 def test_vllms_name_of_the_dtype_of_states_is_ours() -> None:
