@@ -31,11 +31,13 @@ from compiledllm.benchmarks.report import (
     commit,
     hardware_facts,
     percentiles,
+    run_script,
     spread,
     versions,
     write_facts,
 )
 from compiledllm.benchmarks.workload import random_requests
+from compiledllm.config import ConfigError
 from compiledllm.platform import Platform
 
 _DEFAULT_TARGET_MS = 30.0
@@ -76,8 +78,12 @@ class Streams:
         self._vocab_size = engine.core.spec.vocab_size
         self._last: dict[str, float] = {}
         count, length = options.num_streams, options.stream_len
-        limit = engine.config.limits.max_model_len
+        limits = engine.config.limits
+        limit = limits.max_model_len
         assert limit is not None
+        expect_at_most("--num-streams", count, "max_num_seqs", limits.max_num_seqs)
+        for name, tokens in (("--stream-len", length), ("--prompt-len", options.prompt_len)):
+            expect_at_most(name, tokens, "max_model_len - 1", limit - 1)
         for prompt in self._prompts(count, length, seed):
             self._last[self._add(prompt, limit - length)] = 0.0
         waiting = set(self._last)
@@ -131,6 +137,12 @@ class Streams:
             self._engine.step()
 
 
+def expect_at_most(option: str, value: int, name: str, limit: int | None) -> None:
+    """Raise ConfigError for a size that the engine cannot run."""
+    if limit is not None and value > limit:
+        raise ConfigError(f"{option} {value} is more than {name}, {limit}; ask for less")
+
+
 def measure(options: Namespace, of_engine: dict[str, Any], target_ms: float | None) -> Row:
     """Measure one engine. of_engine: its options, except that target_ms is its ITL target."""
     fixed = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
@@ -178,4 +190,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

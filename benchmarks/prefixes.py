@@ -33,6 +33,7 @@ from compiledllm.benchmarks.report import (
     command_line,
     commit,
     hardware_facts,
+    run_script,
     spread,
     versions,
     write_facts,
@@ -165,4 +166,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +74,15 @@ def load_report(path: Path) -> Report:
     if report.benchmark not in KINDS:
         raise ValueError(f"{path}: benchmark must be one of {KINDS}, got {report.benchmark!r}")
     return report
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main` on the process's arguments; bad ones end with a line and status 2."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:  # a ConfigError, too
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_facts(facts: Mapping[str, Any], path: Path | None) -> None:

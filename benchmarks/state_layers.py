@@ -32,6 +32,7 @@ from compiledllm.benchmarks.report import (
     command_line,
     commit,
     hardware_facts,
+    run_script,
     versions,
     write_facts,
 )
@@ -311,4 +312,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -169,7 +169,8 @@ class SchedulerConfig:
     )
     target_itl_ms: float | None = option(
         None,
-        "bound on the time between a request's tokens: in a step in which requests decode, prompts "
+        "bound on the time between a request's tokens (not in `generate`, which returns whole "
+        "answers): in a step in which requests decode, prompts "
         "get as many tokens as fit, by step times measured at start and while running",
         kind="float",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compiledllm.benchmarks import gaps
+from compiledllm.benchmarks import gaps, report
 
 SIZES = {
     "num-streams": 3, "stream-len": 20, "prompt-len": 300, "num-steps-alone": 4, "num-iters": 2,
@@ -40,3 +40,26 @@ def test_figures_of_a_row() -> None:
     assert row["gap_ms"] == {"p50": 10.0, "p90": 10.0, "p99": 25.0, "max": 40.0}
     assert row["p99_by_p50"] == 2.5 and row["percent_longer"] == {"than_ms": 30.0, "is": 1.0}
     assert row["prompt_s"]["median"] == 2.0 and row["gap_alone_ms"]["p50"] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--stream-len", "512"), "--stream-len 512 is more than max_model_len - 1, 511"),
+        (("--num-streams", "99"), "--num-streams 99 is more than max_num_seqs, 64; ask for less"),
+        (("--block-size", "7"), "block_size"),
+    ],
+)
+def test_sizes_that_the_engine_cannot_run_end_the_script_with_a_line(
+    words: tuple[str, str],
+    message: str,
+    tiny_llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fixed = "--device", "cpu", "--enforce-eager", "--num-kv-blocks", "200"
+    monkeypatch.setattr("sys.argv", ["gaps", str(tiny_llama()), *fixed, *words])
+    with pytest.raises(SystemExit, match="2"):
+        report.run_script(gaps.main)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
