@@ -217,8 +217,8 @@ struct Attention {  // a warp's result
     }
 };
 
-// A warp's attention over its tiles of a unit, of which the first TILES_AHEAD are loaded. queries: of the unit's heads, in shared
-// memory. finish(tile, newest): corrects the tile that has the row's newest token, or tokens behind it.
+// A warp's attention over its tiles of a unit, of which the first TILES_AHEAD are loaded. queries: of the unit's heads, in
+// shared memory. finish(tile, newest): corrects the tile that has the row's newest token, or tokens behind it.
 template <class FINISH>
 __device__ __forceinline__ Attention attend_tiles(
     Walk& walk, const Span& unit, Tile (&tiles)[TILES_AHEAD], const u16* queries, float scale, float soft_cap,
