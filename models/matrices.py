@@ -42,6 +42,13 @@ class QuantSpec:
     has_row_factor: bool = False
 
     @property
+    def title(self) -> str:
+        """In messages and reports: "int4 in groups of 128, asymmetric"."""
+        group = f" in groups of {self.group}" if self.group and self.rows == 1 else ""
+        blocks = f" in blocks of {self.rows}x{self.group}" if self.rows > 1 else ""
+        return f"{self.code}{group}{blocks}{', asymmetric' if self.has_zeros else ''}"
+
+    @property
     def is_packed(self) -> bool:
         """Whether codes have less than 8 bits; inputs are padded to K_MULTIPLE in memory."""
         return self.code in PACKED_BITS

@@ -228,8 +228,4 @@ def _check_experts(
 
 
 def _title(format: QuantSpec | None) -> str:
-    if format is None:
-        return "not quantised"
-    group = f" in groups of {format.group}" if format.group else ""
-    zeros = ", asymmetric" if format.has_zeros else ""
-    return f"{format.code}{group}{zeros}"
+    return "not quantised" if format is None else format.title

@@ -68,8 +68,8 @@ def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
         for group in fields.section("config_groups").sections().values()
         if group.get("weights") is not None or group.get("format") not in (None, "dense")
     ]
-    titles = dict.fromkeys(f"{format.spec.code}" for _, format in groups)
-    title = f"compressed-tensors {', '.join(titles)}"
+    titles = dict.fromkeys(format.spec.title for _, format in groups)
+    title = f"compressed-tensors {' and '.join(titles)}"
     return _Groups(title, tuple(groups), tuple(fields.names("ignore")))
 
 

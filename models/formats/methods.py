@@ -61,7 +61,7 @@ def gptq(fields: Fields, scale_dtype: str) -> Scheme:
         for name, changes in dynamic.sections().items()
     ]
     return _Gptq(
-        f"gptq {base.spec.code}",
+        f"gptq {base.spec.title}",
         base,
         tuple(
             (regex, None if p.startswith("-:") else _gptq_format(c, fields, version, scale_dtype))
@@ -145,7 +145,7 @@ def awq(fields: Fields, scale_dtype: str) -> Scheme:
     else:
         stored = Stored(spec, required, read, (".qzeros",))
     ignored = fields.names("modules_to_not_convert")
-    return Uniform("awq int4", stored, _all_but(ignored))
+    return Uniform(f"awq {stored.spec.title}", stored, _all_but(ignored))
 
 
 def mxfp4(fields: Fields, _scale_dtype: str) -> Scheme:
