@@ -189,7 +189,7 @@ def _add_other(parser: CommandParser) -> None:
     parser.add_argument(
         "--lock", type=Path, metavar="FILE",
         help="benchmarks that are started with the same FILE load their engines together and then "
-        "measure one after another",
+        "measure one after another; on a GPU with --kv-cache-memory-bytes",
     )  # fmt: skip
 
 

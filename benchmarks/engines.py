@@ -19,7 +19,12 @@ def measuring(arguments: Namespace, model: Model) -> Iterator[list[Peer]]:
     With --lock, loading shares the file's lock, and the context holds the lock alone. Processes
     that were started with the same file thus load together, and then measure one after another.
     """
-    with arguments.lock.open("w") if arguments.lock else nullcontext() as lock:
+    if arguments.lock and model.platform.is_cuda and "kv_cache_memory_bytes" not in model.options:
+        raise ConfigError(
+            "--lock needs --kv-cache-memory-bytes: engines that load together cannot measure how "
+            "much memory is free"
+        )
+    with arguments.lock.open("a") if arguments.lock else nullcontext() as lock:
         if lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
         peers = _load(arguments, model)

@@ -201,7 +201,8 @@ struct Attention {  // a warp's result
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float& score = scores[i / 2][i % 2];
-            const float weight = power_of_2(score - best);
+            const float above = score - best;  // by more than HEADROOM where huge scores are rounded; may be NaN
+            const float weight = power_of_2(above > HEADROOM ? HEADROOM : above);
             total += score = weight < LEAST ? 0.f : weight;
         }
         // Weights are the right operand of the next product as they are, and values the left operand.

@@ -37,6 +37,7 @@ class MoeMlp(nn.Module):
         has_bias = spec.router.has_bias
         self.score_bias = empty_parameter(count, dtype=torch.float32) if has_bias else None
         has_scales = spec.router.has_expert_scales
+        assert not (has_scales and self.joins_experts), "the shared expert would have no scale"
         self.expert_scales = empty_parameter(count) if has_scales else None
         self.shared: nn.Module | None = None
         self.shared_gate: Linear | None = None

@@ -6,6 +6,7 @@ import fcntl
 import threading
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from compiledllm.benchmarks import engines
 from compiledllm.benchmarks.throughput import Chats, measure_throughput
 from compiledllm.benchmarks.workload import Generated, SampleRequest, ids_of
+from compiledllm.platform import Platform
 
 REQUESTS = [SampleRequest([1, 2, 3], 2), SampleRequest([1, 2, 9, 9], 1)]
 
@@ -65,8 +67,10 @@ def test_benchmarks_with_one_lock_load_together_and_measure_alone(
     path, loaded, measures = tmp_path / "lock", threading.Event(), threading.Event()
     monkeypatch.setattr(engines, "_load", lambda *_: loaded.set() or [])
 
+    model: Any = SimpleNamespace(platform=Platform.detect("cpu"))
+
     def benchmark() -> None:
-        with engines.measuring(Namespace(lock=path), None):  # type: ignore[arg-type]
+        with engines.measuring(Namespace(lock=path), model):
             measures.set()
 
     with path.open("w") as other:

@@ -127,11 +127,12 @@ def test_rows_of_any_step(
     assert not counters.of_rows(1, query.device).any()
     if is_fp8:  # as with the same numbers in 16 bits, to the bit
         score = score._replace(kv_scales=None)
-        for its_query in (query, of_many_sizes(query)):
+        huge = score._replace(scale=3e7)  # scores whose differences are rounded
+        for its_query, its_score in ((query, score), (of_many_sizes(query), score), (query, huge)):
             plain, wide = torch.full_like(query, 7.0), torch.full_like(query, 7.0)
-            attend(its_query, codes, attn, score, plain)
-            attend(its_query, codes.to(dtype), attn, score, wide)
-            assert torch.equal(plain, wide)
+            attend(its_query, codes, attn, its_score, plain)
+            attend(its_query, codes.to(dtype), attn, its_score, wide)
+            assert plain.isfinite().all() and torch.equal(plain, wide)
 
 
 def of_many_sizes(query: Tensor) -> Tensor:
