@@ -131,7 +131,11 @@ class _Reader:
         return format is not None and name in self._known
 
     def _of_experts(self, path: str, parts: Iterable[str], count: int) -> QuantSpec | None:
-        """The format that all parts of all experts share; None: not quantised."""
+        """The format that all parts of all experts share; None: not quantised.
+
+        The op of experts multiplies inputs in their own order. As files with desc_act may hold them
+        in order, the `MatrixSlot` refuses those that do not.
+        """
         slots = [_slot(f"{path}.{expert}", part) for expert in range(count) for part in parts]
         first, format = self._stored(slots[0])
         for name, other in map(self._stored, slots):
@@ -141,7 +145,7 @@ class _Reader:
                     "here and must be quantised alike: use another checkpoint, or change the "
                     "quantization_config if the weights are in fact alike"
                 )
-        return format
+        return None if format is None else replace(format, is_permuted=False)
 
     def _stored(self, slot: str) -> tuple[str, QuantSpec | None]:
         """The matrix's name in the checkpoint, and its format."""
@@ -219,11 +223,6 @@ def _check_experts(
         raise ConfigError(
             f"layer {index}: the experts' gate and up ({_title(gate_up)}) and down "
             f"({_title(down)}) must be quantised alike: use another checkpoint"
-        )
-    if any(format is not None and format.is_permuted for format in (gate_up, down)):
-        raise ConfigError(
-            f"layer {index}: desc_act (act order) is not supported for experts; use a checkpoint "
-            "without desc_act"
         )
 
 

@@ -216,7 +216,8 @@ class MatrixSlot:
     def prepared(self, stored: Any) -> QuantizedMatrix:
         """`stored`, or the quantised matrix if `stored` is a tensor to be quantised while loading.
 
-        Raises ValueError for a tensor that should be quantised in the checkpoint.
+        Raises ValueError for a tensor that should be quantised in the checkpoint, and for a matrix
+        whose inputs are reordered although the spec's are not.
         """
         if isinstance(stored, Tensor):
             if not self.spec.online:
@@ -227,6 +228,11 @@ class MatrixSlot:
                 )
             stored = quantize(stored.to(self.codes.device), self.spec.online)
         assert isinstance(stored, QuantizedMatrix)
+        if stored.permutation is not None and self.permutation is None:
+            raise ValueError(
+                "g_idx reorders the inputs, which is supported neither for experts nor without "
+                "desc_act (act order) in the config; use a checkpoint without desc_act"
+            )
         return stored
 
     def put(self, stored: Any) -> None:
@@ -285,8 +291,6 @@ class MatrixSlot:
 
     def _set_order(self, order: Tensor | None) -> None:
         if self.permutation is None:
-            if order is not None:
-                raise ValueError("g_idx reorders the inputs, the config says that it does not")
             return
         if order is None:
             order = torch.arange(len(self.permutation), device=self.permutation.device)

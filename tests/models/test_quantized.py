@@ -17,10 +17,12 @@ from compiledllm import ConfigError, cli
 from compiledllm.engine_options import STORED
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.formats.codes import dequantize
+from compiledllm.models.formats.codes import QuantizedMatrix, dequantize
 from compiledllm.models.formats.methods import METHODS
 from compiledllm.models.formats.online import quantize
+from compiledllm.models.formats.weight_format import ShardSlot
 from compiledllm.models.registry import load_spec
+from compiledllm.models.shards import Ranks
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from tests.models.test_families import logits_in_chunks, logits_of_ends
 from tests.support.families import (
@@ -442,6 +444,32 @@ def test_inconsistent_tensors_are_one_line_that_names_them(
     with pytest.raises(ConfigError, match=message) as caught:
         load(packed)
     assert "\n" not in str(caught.value)
+
+
+def test_experts_with_act_order_load_if_their_inputs_are_in_order(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, dense = checkpoints("experts", "gptq", desc_act=True)
+    with torch.inference_mode():
+        expected = load_reference(dense)(torch.tensor([[5, 6, 7]])).logits[0]
+    model = load(packed)
+    assert not dict(model.spec.layers[0].formats)["mlp.down"].is_permuted
+    actual = logits_in_chunks(model, [5, 6, 7], [3])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+    name, file = "model.layers.1.mlp.experts.2.down_proj", packed / "model.safetensors"
+    tensors = load_file(file)
+    order = torch.arange(63, -1, -1)
+    tensors[f"{name}.g_idx"] = (order // 16).int()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"tensor '{name}.weight': g_idx reorders .* experts"):
+        load(packed)
+    codes = torch.ones(64, 64, dtype=torch.uint8)
+    matrix = QuantizedMatrix("int4", codes, torch.ones(64, 4), permutation=order)
+    slot = model.layers[1].mlp.down.slots_of_expert(2)["weight"]
+    of_rank = ShardSlot(slot, Ranks(0, 2).shard(32), 1)
+    with pytest.raises(ValueError, match="g_idx reorders the inputs"):
+        of_rank.put(matrix)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
