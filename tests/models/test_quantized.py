@@ -20,6 +20,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.codes import QuantizedMatrix, dequantize
 from compiledllm.models.formats.methods import METHODS
 from compiledllm.models.formats.online import quantize
+from compiledllm.models.formats.stored import Fields
 from compiledllm.models.formats.weight_format import ShardSlot
 from compiledllm.models.registry import load_spec
 from compiledllm.models.shards import Ranks
@@ -356,6 +357,22 @@ def test_info_tells_format_and_bytes_without_weights(
     num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
     assert cli.main(["info", str(packed), "--json", "--dtype", "float32"]) == 0
     assert json.loads(capsys.readouterr().out)["weight_bytes"] == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("nvfp4", "compressed-tensors fp4 in groups of 16"),
+        ("mxfp4", "compressed-tensors fp4 in groups of 32"),
+        ("packed 4 bits, asymmetric", "compressed-tensors int4 in groups of 16, asymmetric"),
+        ("float blocks", "compressed-tensors fp8 in blocks of 128x128"),
+        ("gptq v2, asymmetric", "gptq int4 in groups of 16, asymmetric"),
+        ("awq", "awq int4 in groups of 16, asymmetric"),
+    ],
+)
+def test_titles_tell_formats_of_one_code_apart(kind: str, title: str) -> None:
+    config, _ = KINDS[kind]
+    assert METHODS[config["quant_method"]](Fields(config), "float32").title == title
 
 
 def plain_config(packed: Path, tmp_path: Path) -> Path:

@@ -76,6 +76,7 @@ COMMAND_LINES = [
     '-O2 --compilation-config {} --limit-mm-per-prompt {"image":0} --hf-overrides {}',
     "--distributed-executor-backend mp --swap-space 4 --block-size 32 --seed 0",
     "--max-model-len auto --attention-backend TRITON_ATTN --load-format safetensors",
+    "--kv-cache-dtype fp8 --calculate-kv-scales --quantization fp8_per_tensor",
 ]
 
 
@@ -162,8 +163,12 @@ def test_vllms_other_flags_of_our_options_are_ours() -> None:
     assert (found["tensor_parallel_size"], found["gpu_memory_utilization"]) == (1, 0.5)
     assert (found["log_level"], found["reasoning_parser"]) == ("debug", "auto")
     assert found["quantization"] == "awq"
-    for theirs, ours in (("fp8_per_block", "fp8_block"), ("int8_per_channel_weight_only", "int8")):
+    for theirs, ours in (
+        *(("fp8_per_channel", "fp8"), ("fp8_per_tensor", "fp8"), ("fp8_per_block", "fp8_block")),
+        ("int8_per_channel_weight_only", "int8"),
+    ):
         assert parse("serve", "m", "-q", theirs)["quantization"] == ours
+        assert EngineConfig.from_options(quantization=theirs).model.quantization == ours
 
 
 def test_vllms_name_of_the_dtype_of_states_is_ours() -> None:
