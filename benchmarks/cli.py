@@ -138,7 +138,7 @@ def _add_tilings(kinds: Any) -> None:
         "models", nargs="+", metavar="MODEL", help="whose matmuls to measure; no weights are read"
     )
     parser.add_argument(
-        "--rows", type=_few_rows, nargs="+", default=[1, 8, 24], metavar="N",
+        "--rows", type=few_rows, nargs="+", default=[1, 8, 24], metavar="N",
         help="tokens per matmul: one number for each of 1, 2 to 16 and 17 to 32 (1 8 24); with "
         "quantised matrices, one for each of 1, 2 to 8, 9 to 16, 17 to 32 and 33 to 64; with "
         "experts, a number also serves half to twice as many tokens",
@@ -257,7 +257,7 @@ def _at_least(minimum: int, text: str) -> int:
     return value
 
 
-def _few_rows(text: str) -> int:
+def few_rows(text: str) -> int:
     value = positive(text)
     if value > 64:
         raise argparse.ArgumentTypeError(f"must be at most 64, got {value}; libraries compute more")

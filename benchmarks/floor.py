@@ -32,6 +32,10 @@ class Ceilings:
     def bytes_per_s(self) -> float:
         return max(self.read_bytes_per_s, self.copy_bytes_per_s)
 
+    def share_of_copy_rate(self, num_bytes: int, seconds: float) -> float:
+        """The rate at which bytes were moved, as a share of a copy's, to three digits."""
+        return float(f"{num_bytes / seconds / self.copy_bytes_per_s:.3g}")
+
     def at_least(self, other: Ceilings) -> Ceilings:
         """The higher of two measurements of each ceiling: a rate reached once can be reached."""
         return Ceilings(*map(max, astuple(self), astuple(other)))

@@ -27,13 +27,10 @@ from compiledllm import Engine, SamplingParams
 from compiledllm.arguments import CommandParser, add_engine_options, engine_options
 from compiledllm.benchmarks.report import (
     Row,
-    command_line,
-    commit,
-    hardware_facts,
     percentiles,
     run_script,
+    script_facts,
     spread,
-    versions,
     write_facts,
 )
 from compiledllm.benchmarks.workload import random_requests
@@ -177,16 +174,8 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         gc.collect()  # the next engine needs the memory of this one
         torch.cuda.empty_cache()
-    report = {
-        "benchmark": "gaps",
-        "work": {name: getattr(options, name) for name in sizes},
-        "hardware": hardware_facts(Platform.detect()),
-        "versions": versions(),
-        "commit": commit(),
-        "command": command_line(sys.argv),
-        "rows": rows,
-    }
-    write_facts(report, options.output_json)
+    facts = {"work": {name: getattr(options, name) for name in sizes}, "rows": rows}
+    write_facts(script_facts("gaps", Platform.detect()) | facts, options.output_json)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ restored and kept.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -30,12 +28,10 @@ from compiledllm import Engine, SamplingParams
 from compiledllm.arguments import CommandParser, add_engine_options, engine_options
 from compiledllm.benchmarks.report import (
     Row,
-    command_line,
-    commit,
-    hardware_facts,
+    collected,
     run_script,
+    script_facts,
     spread,
-    versions,
     write_facts,
 )
 from compiledllm.benchmarks.workload import random_requests
@@ -149,20 +145,9 @@ def main(arguments: list[str]) -> None:
     if platform.is_cuda:
         of_engine = {"gpu_memory_utilization": _MEMORY_PER_ENGINE} | of_engine
     on, off = (Counted(of_engine, caches) for caches in (True, False))
-    rows = []
-    for row in measure(options, on, off):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    report = {
-        "benchmark": "prefixes",
-        "hardware": hardware_facts(platform),
-        "versions": versions(),
-        "commit": commit(),
-        "command": command_line(sys.argv),
-        "state_bytes": on.engine.core.spec.bytes_per_request,
-        "rows": rows,
-    }
-    write_facts(report, options.output_json)
+    rows = collected(measure(options, on, off))
+    facts = {"state_bytes": on.engine.core.spec.bytes_per_request, "rows": rows}
+    write_facts(script_facts("prefixes", platform) | facts, options.output_json)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from torch import Tensor
 from compiledllm.benchmarks.state_layers import seconds_per_call
 from compiledllm.benchmarks.tilings import (
     QuantizedKey,
+    cold_copies,
     compile_in_processes,
     figures,
     is_worth,
-    num_copies,
     of_the_fastest,
     quantized_key,
 )
@@ -209,15 +209,32 @@ def _entry(product: Product) -> dict[str, Any]:
     packed = packed_matrix(product.spec, product.num_outputs, product.num_inputs)
     assert packed is not None, product
     layout, parts = packed
-    copies = [parts] + [
-        [None if part is None else part.clone() for part in parts]
-        for _ in range(num_copies(parts[0].nbytes) - 1)
-    ]
+    copies = cold_copies(parts)
     x = torch.randn(product.rows, product.num_inputs, device=_DEVICE, dtype=torch.bfloat16)
     tilings = _tilings(layout, product)
     seconds = of_the_fastest(tilings, functools.partial(_measure, x, layout, product, copies))
     sizes = {"rows": product.rows, "outputs": product.num_outputs, "inputs": product.num_inputs}
     return {"layout": str(layout)} | sizes | figures(seconds, tilings[0])
+
+
+def calls_of(
+    x: Tensor,
+    layout: Layout,
+    num_outputs: int,
+    copies: Sequence[Sequence[Any]],
+    fields: Fields | None = None,
+) -> list[Callable[[], Tensor]]:
+    """The matmul of x [rows, inputs] with each copy of a matrix.
+
+    copies: the tensors of `packed_matrix`. fields: the tiling; None: the one that engines choose.
+    """
+    from compiledllm.kernels.quantized_cuda import Tiling, quantized_product
+
+    tiling = None if fields is None else Tiling(*fields)
+    run = functools.partial(
+        quantized_product, bias=None, layout=layout, num_outputs=num_outputs, tiling=tiling
+    )
+    return [functools.partial(run, x, *parts) for parts in copies]
 
 
 def _measure(
@@ -230,18 +247,10 @@ def _measure(
 ) -> dict[Fields, float]:
     """Seconds of a matmul with each tiling for which the GPU has the resources."""
     from compiledllm.kernels.machine_code import CudaError
-    from compiledllm.kernels.quantized_cuda import Tiling, quantized_product
 
     found = {}
     for fields in tilings:
-        run = functools.partial(
-            quantized_product,
-            bias=None,
-            layout=layout,
-            num_outputs=product.num_outputs,
-            tiling=Tiling(*fields),
-        )
-        calls = [functools.partial(run, x, *parts) for parts in copies]
+        calls = calls_of(x, layout, product.num_outputs, copies, fields)
         try:
             found[fields] = seconds_per_call(calls, x.device, **how)
         except CudaError:  # more shared memory or registers than there are

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +83,26 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except ValueError as error:  # a ConfigError, too
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def collected(rows: Iterable[Row]) -> list[Row]:
+    """The rows of a script's report, each of which is printed as soon as it has been measured."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return found
+
+
+def script_facts(benchmark: str, platform: Platform) -> dict[str, Any]:
+    """The conditions in the report of a script, to which the script adds its work and rows."""
+    return {
+        "benchmark": benchmark,
+        "hardware": hardware_facts(platform),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command_line(sys.argv),
+    }
 
 
 def write_facts(facts: Mapping[str, Any], path: Path | None) -> None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,15 +25,7 @@ from torch import Tensor
 
 from compiledllm.benchmarks.ceilings import measure_ceilings
 from compiledllm.benchmarks.floor import Ceilings
-from compiledllm.benchmarks.report import (
-    Row,
-    command_line,
-    commit,
-    hardware_facts,
-    run_script,
-    versions,
-    write_facts,
-)
+from compiledllm.benchmarks.report import Row, collected, run_script, script_facts, write_facts
 from compiledllm.kernels.backend import make_row_bound
 from compiledllm.kernels.delta_rule import CHUNK, gated_delta_rule
 from compiledllm.kernels.short_convolution import short_convolution
@@ -222,7 +212,7 @@ def make_row(
         **facts,
         "us": round(seconds * 1e6, 2),
         "bytes": num_bytes,
-        "share_of_copy_rate": float(f"{num_bytes / seconds / ceilings.copy_bytes_per_s:.3g}"),
+        "share_of_copy_rate": ceilings.share_of_copy_rate(num_bytes, seconds),
         "flops": flops,
         "tflops_per_s": round(flops / seconds / 1e12, 2),
     }
@@ -294,21 +284,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     platform = Platform.detect()
     ceilings = measure_ceilings(platform, torch.bfloat16)
-    rows = []
-    for row in measure(options, platform, ceilings):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    report = {
-        "benchmark": "state_layers",
-        "hardware": hardware_facts(platform),
-        "versions": versions(),
-        "commit": commit(),
-        "command": command_line(sys.argv),
-        "ceilings": asdict(ceilings),
-        "shape": asdict(Shape()),
-        "rows": rows,
-    }
-    write_facts(report, options.output_json)
+    rows = collected(measure(options, platform, ceilings))
+    facts = {"ceilings": asdict(ceilings), "shape": asdict(Shape()), "rows": rows}
+    write_facts(script_facts("state_layers", platform) | facts, options.output_json)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,17 @@ def of_the_fastest(
     return measure(list(dict.fromkeys([tilings[0], *best])), num_repeats=3, min_s=_LONG_S)
 
 
+def cold_copies(parts: Sequence[Any]) -> list[list[Any]]:
+    """A matrix's tensors (or None), and so many copies that caches are cold if read in turn.
+
+    parts: the codes, then scales and others.
+    """
+    return [list(parts)] + [
+        [None if part is None else part.clone() for part in parts]
+        for _ in range(num_copies(parts[0].nbytes) - 1)
+    ]
+
+
 def num_copies(num_bytes: int) -> int:
     """How many copies of a matrix of this size are read in turn, so that caches are cold."""
     return max(4, min(_MAX_COPIES, int(_COLD_BYTES / num_bytes) + 1))
@@ -247,9 +258,9 @@ def quantized_key(entry: Mapping[str, Any]) -> QuantizedKey:
     return entry["layout"], rows, entry["inputs"], entry["outputs"]
 
 
-def check_gpu(platform: Platform) -> None:
+def check_gpu(platform: Platform, command: str = "bench tilings") -> None:
     if not platform.is_cuda:
         raise ConfigError(
-            "bench tilings measures kernels of a GPU, and there is none here: run it on a machine "
+            f"{command} measures kernels of a GPU, and there is none here: run it on a machine "
             "with an NVIDIA GPU"
         )

@@ -151,7 +151,7 @@ def test_every_candidate_is_measured_and_the_best_becomes_an_entry(
     """With the kernels compiled for a CPU; times are made up."""
     use_cuda_kernels_on_cpu(monkeypatch)
     monkeypatch.setattr(quantized_tilings, "_DEVICE", "cpu")
-    monkeypatch.setattr(quantized_tilings, "num_copies", lambda num_bytes: 1)
+    monkeypatch.setattr(tilings, "num_copies", lambda num_bytes: 1)
     monkeypatch.setattr(quantized_tilings, "compile_in_processes", lambda function, jobs: None)
     fast, slow = (1, 1, 4, 2, 1), (1, 1, 8, 2, 1)
     monkeypatch.setattr(quantized_tilings, "candidates", lambda layout, rows: [slow, fast])
